@@ -1,1 +1,1 @@
-"""telemetry."""
+"""What happened: counters that a run can show and a report can keep."""

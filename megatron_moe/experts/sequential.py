@@ -1,0 +1,51 @@
+"""One expert after another: the reference, with Megatron's own linear layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_moe.experts.initialise import draw_seed, initialise_expert
+from megatron_moe.experts.keys import accept_grouped_keys
+
+
+class SequentialExperts(SequentialMLP):
+    """Megatron's SequentialMLP, with layout-independent initial weights on the CPU.
+
+    Loads checkpoints with grouped keys (``linear_fc1.weight0``) as well as its own
+    (``local_experts.0.linear_fc1.weight``).
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        submodules: Any,
+        pg_collection: Any = None,
+        name: str | None = None,
+    ) -> None:
+        seed = draw_seed()
+        with torch.random.fork_rng(devices=[], enabled=config.use_cpu_initialization):
+            super().__init__(num_local_experts, config, submodules, pg_collection, name)
+        if config.use_cpu_initialization and config.perform_initialization:
+            self._initialise(seed)
+        for expert in self.local_experts:
+            # The dispatcher communicates, not the linear layer. Megatron knows this only for
+            # EP or ETP > 1; with one rank its no-op reduction returns a view to which the MLP
+            # then adds the bias in place, which autograd forbids.
+            expert.linear_fc2.explicit_expert_comm = True
+        self.register_load_state_dict_pre_hook(accept_grouped_keys)
+
+    def _initialise(self, seed: int) -> None:
+        c = self.config
+        first = self.ep_group.rank() * self.num_local_experts
+        shard = {"shard_rank": self.tp_group.rank(), "num_shards": self.tp_group.size()}
+        for i, expert in enumerate(self.local_experts):
+            fc1, fc2 = expert.linear_fc1.weight.data, expert.linear_fc2.weight.data
+            halves = fc1.chunk(2) if c.gated_linear_unit else (fc1,)
+            at = seed + 2 * (first + i)
+            initialise_expert(halves, c.init_method, at, shard_dim=0, **shard)
+            initialise_expert((fc2,), c.output_layer_init_method, at + 1, shard_dim=1, **shard)

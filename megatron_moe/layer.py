@@ -1,0 +1,83 @@
+"""The MoE layer: route → dispatch → experts → combine, wired together, nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core import tensor_parallel
+from megatron.core.transformer.moe.moe_layer import MoELayer as MegatronMoELayer
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_moe import config as options
+from megatron_moe.dispatch.dispatcher import DISPATCHERS
+from megatron_moe.parallel.groups import ExpertGroups
+
+
+class MoELayer(MegatronMoELayer):
+    """Mixture of experts in the place of a transformer layer's MLP.
+
+    A subclass of Megatron's layer because recompute, packed sequences and inference ask for one;
+    router, dispatcher and experts are ours. The four stages of :meth:`forward` hand everything on
+    as values: nothing of a step stays on the layer.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MoESubmodules | None = None,
+        layer_number: int | None = None,
+        pg_collection: Any = None,
+        is_mtp_layer: bool = False,
+        name: str | None = None,
+    ) -> None:
+        options.check(config)
+        pg_collection = pg_collection or get_default_pg_collection()
+        groups = ExpertGroups.from_collection(pg_collection)
+        groups.check(config.num_moe_experts)
+        groups.bring_up()
+        super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
+        self.groups = groups
+        self.token_dispatcher = DISPATCHERS[config.moe_token_dispatcher_type](
+            config.num_moe_experts, groups
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        intermediate_tensors: Any = None,
+        padding_mask: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        """Route, dispatch, compute, combine.
+
+        Args:
+            hidden_states: ``(S, B, D)``, this rank's slice of the sequence.
+            intermediate_tensors: Megatron's hand-over between CUDA graphs; must be None.
+            padding_mask: True for padding, ``(B, S)``: such tokens go to no expert.
+
+        Returns:
+            ``(S, B, D)`` and no bias: experts add theirs.
+
+        Cost: with EP, two all-to-alls (and two in backward) and one all-gather of counts.
+        """
+        assert intermediate_tensors is None, "CUDA graphs of MoE parts are refused at build"
+        mask_SB = None if padding_mask is None else padding_mask.transpose(0, 1).bool()
+        if self.moe_layer_recompute and self.training:
+            return tensor_parallel.checkpoint(self._forward, False, hidden_states, mask_SB)
+        return self._forward(hidden_states, mask_SB)
+
+    def _forward(self, hidden_states: Tensor, mask_SB: Tensor | None) -> tuple[Tensor, None]:
+        shared = self.shared_experts_compute(hidden_states)
+        routing = self.router(hidden_states, mask_SB)
+        rows, probs, plan = self.token_dispatcher.dispatch(hidden_states.flatten(0, 1), routing)
+        results, _ = self.experts(rows, plan.tokens_per_expert, probs)
+        output = self.token_dispatcher.combine(results, plan).view_as(hidden_states)
+        return (output if shared is None else output + shared), None
+
+    def route(
+        self, hidden_states: Tensor, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The decision in Megatron's form: ``probs`` ``(T, E)``, ``routing_map`` ``(T, E)``."""
+        return self.router(hidden_states, padding_mask).dense()

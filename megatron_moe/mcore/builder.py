@@ -1,0 +1,60 @@
+"""A GPT with our MoE layers, multi-token-prediction layers included."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar
+
+from megatron.training import argument_utils
+from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+
+from megatron_moe.config import MoEConfig, check
+from megatron_moe.mcore.arguments import moe_config_from_args
+from megatron_moe.mcore.patching import applied
+from megatron_moe.mcore.specs import gpt_block_spec
+
+
+@dataclass(kw_only=True)
+class MoEGPTModelConfig(GPTModelConfig):
+    """Megatron's GPT configuration, with the plugin's options and builder."""
+
+    builder: ClassVar[str] = "megatron_moe.mcore.builder.MoEGPTModelBuilder"
+    moe: MoEConfig = field(default_factory=MoEConfig)
+
+
+class MoEGPTModelBuilder(GPTModelBuilder):
+    """Builds each pipeline stage from our block spec.
+
+    A layer spec that the user gave (``--spec``) is used as given.
+    """
+
+    def __init__(self, model_config: MoEGPTModelConfig) -> None:
+        check(model_config.transformer)
+        super().__init__(model_config)
+        if model_config.transformer_layer_spec is None:
+            model_config.transformer_layer_spec = partial(gpt_block_spec, moe=model_config.moe)
+
+    def build_model(self, *args: Any, **kwargs: Any) -> Any:
+        """Build one stage; arguments as Megatron's."""
+        from megatron_moe.patches.megatron.mtp import mtp_patch
+
+        with applied([mtp_patch(self._model_config.moe)]):
+            return super().build_model(*args, **kwargs)
+
+
+def gpt_config_from_args(args: Any) -> GPTModelConfig:
+    """The model configuration for Megatron's ``pretrain``.
+
+    Args:
+        args: Megatron's parsed and validated arguments.
+
+    Returns:
+        Ours when the run has experts and ``--moe-layer-impl plugin``; else Megatron's, unchanged.
+    """
+    moe = moe_config_from_args(args)
+    if not args.num_experts or moe.layer_impl != "plugin":
+        return argument_utils.gpt_config_from_args(args)
+    config = argument_utils.gpt_config_from_args(args, model_config_cls=MoEGPTModelConfig)
+    config.moe = moe
+    return config
