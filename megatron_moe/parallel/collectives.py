@@ -115,9 +115,9 @@ def gather_counts(counts_E: Tensor, group: ProcessGroup) -> Tensor:
     """
     if group.size() == 1:
         return counts_E.unsqueeze(0)
-    out = counts_E.new_empty((group.size(), *counts_E.shape))
+    out = counts_E.new_empty(group.size() * counts_E.numel())
     dist.all_gather_into_tensor(out, counts_E.contiguous(), group=group)
-    return out
+    return out.view(group.size(), *counts_E.shape)
 
 
 def _all_to_all(x, input_splits, output_splits, group):
