@@ -88,9 +88,9 @@ class _GroupedLinear(torch.autograd.Function):
 
 
 def _form_for(form: str, x_RD: Tensor, weight_eFD: Tensor) -> str:
-    """``loop`` for what ``grouped_mm`` cannot take: no rows, or rows not of 16 bytes on CUDA."""
+    """``loop`` for what ``grouped_mm`` cannot take: no rows, or rows not in steps of 16 bytes."""
     odd = any(n * x_RD.element_size() % 16 for n in weight_eFD.shape[1:])
-    if x_RD.shape[0] == 0 or (odd and x_RD.is_cuda):
+    if x_RD.shape[0] == 0 or odd:
         return "loop"
     return form
 

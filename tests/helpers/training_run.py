@@ -1,0 +1,168 @@
+"""Train a small GPT on this rank of a layout; the other half of `runs.py`, imports Megatron."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from helpers.canonical import pieces_of
+from helpers.megatron_world import VOCABULARY, build_gpt, enter_layout, moe_config
+from helpers.runs import Job, Means, RankRecord
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from torch import Tensor
+
+_LOGGED = {
+    "aux_loss": "load_balancing_loss",
+    "seq_aux_loss": "seq_load_balancing_loss",
+    "global_aux_loss": "global_load_balancing_loss",
+}
+
+
+def global_batch(job: Job) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return all micro-batches in order: tokens, labels and loss mask, each ``(B, S)``."""
+    generator = torch.Generator().manual_seed(7)
+    shape = (job.num_sequences, job.sequence_length + 1)
+    text = torch.randint(VOCABULARY, shape, generator=generator)
+    mask = torch.ones(job.num_sequences, job.sequence_length)
+    if job.masked_tokens:
+        mask = (torch.rand(mask.shape, generator=generator) < 0.6).float()
+        mask[:, 0] = 1.0
+    parts = (text[:, :-1], text[:, 1:], mask)
+    return list(zip(*(part.split(job.micro_batch_size) for part in parts), strict=True))
+
+
+def train_rank(job: Job, means: Means) -> RankRecord:
+    """Run ``job`` by ``means`` on this rank of the team."""
+    places = enter_layout(means.layout)
+    config = moe_config(means.layout, **(job.model | means.model))
+    chunks = build_gpt(
+        config,
+        places,
+        impl=means.impl,
+        sequence_length=job.sequence_length,
+        empty_experts=job.empty_experts,
+    )
+    ddp = [_wrap(config, chunk, index, means) for index, chunk in enumerate(chunks)]
+    optimizer = _optimizer(ddp, means)
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    if means.overlap:
+        syncs = [chunk.no_sync for chunk in ddp]
+        config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
+    gated = config.gated_linear_unit
+    losses, norms, logged, grads = [], [], [], []
+    for step in range(job.steps):
+        losses.append(_forward_backward(config, job, ddp, optimizer))
+        if step == 0:
+            _complete_sharded_grads(ddp, means)
+            grads = pieces_of(ddp, places, lambda p: p.main_grad, gated=gated)
+        succeeded, norm, _ = optimizer.step()
+        assert succeeded
+        norms.append(float(norm))
+        logged.append(_report(config, job))
+    weights = pieces_of(ddp, places, lambda p: p.data, gated=gated)
+    return RankRecord(losses=losses, grads=grads, grad_norms=norms, weights=weights, logged=logged)
+
+
+def _wrap(config: Any, chunk: Any, index: int, means: Means) -> DistributedDataParallel:
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=means.overlap,
+        use_distributed_optimizer=means.distributed_optimizer,
+        bucket_size=1000 if means.overlap else None,  # elements: several buckets even here
+    )
+    return DistributedDataParallel(config, settings, chunk, disable_bucketing=index > 0)
+
+
+def _optimizer(ddp: list, means: Means) -> Any:
+    return get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=0.02,
+            weight_decay=0.01,
+            # Large, so that the step stays smooth in gradients that are zero but for rounding.
+            adam_eps=1e-2,
+            clip_grad=0.5,
+            use_distributed_optimizer=means.distributed_optimizer,
+        ),
+        ddp,
+        use_gloo_process_groups=False,
+    )
+
+
+def _forward_backward(config: Any, job: Job, ddp: list, optimizer: Any) -> list[tuple[float, int]]:
+    for chunk in ddp:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    dp_rank = parallel_state.get_data_parallel_rank()
+    mine = global_batch(job)[dp_rank :: parallel_state.get_data_parallel_world_size()]
+    iterators = [iter(mine) for _ in ddp]
+    store = get_forward_backward_func()(
+        forward_step_func=_forward_step,
+        data_iterator=iterators if len(iterators) > 1 else iterators[0],
+        model=ddp if len(ddp) > 1 else ddp[0],
+        num_microbatches=len(mine),
+        seq_length=job.sequence_length,
+        micro_batch_size=job.micro_batch_size,
+        forward_only=False,
+    )
+    return [(float(total), int(count)) for total, count in store]
+
+
+def _forward_step(data: Iterator, model: Any) -> tuple[Tensor, Any]:
+    tokens, labels, mask = next(data)
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    output = model(tokens, positions, None, labels=labels)
+
+    def loss_of(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        total, count = (losses * mask).sum(), mask.sum().int()
+        return total, count, torch.stack([total.detach(), count.float()])
+
+    return output, loss_of
+
+
+def _complete_sharded_grads(ddp: list, means: Means) -> None:
+    """With a distributed optimizer a rank holds the sums of its shard only: gather the others."""
+    if not means.distributed_optimizer:
+        return
+    for chunk in ddp:
+        for buckets in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+            group = buckets.intra_distributed_optimizer_instance_group
+            for bucket in buckets.buckets:
+                shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
+
+
+class _Writer:
+    def __init__(self) -> None:
+        self.scalars: dict[str, float] = {}
+
+    def add_scalar(self, name: str, value: Any, _iteration: int) -> None:
+        self.scalars[name] = float(value)
+
+
+def _report(config: Any, job: Job) -> dict[str, float]:
+    """Return the MoE losses as Megatron's training loop would log them."""
+    kinds = config.moe_router_load_balancing_type
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    names = [_LOGGED[kind] for kind in kinds if kind in _LOGGED]
+    if config.moe_z_loss_coeff:
+        names.append("z_loss")
+    dp_size = parallel_state.get_data_parallel_world_size()
+    num_micro_batches = job.num_sequences // job.micro_batch_size // dp_size
+    writer = _Writer()
+    get_moe_metrics_tracker().report(
+        loss_scale=1 / num_micro_batches,
+        iteration=1,
+        writer=writer,
+        force_initialize=True,
+        track_names=names,
+        num_layers=config.num_layers,
+        moe_layer_freq=config.moe_layer_freq,
+    )
+    return writer.scalars

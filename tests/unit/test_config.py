@@ -1,0 +1,59 @@
+"""Faults a user can cause: all at once, each naming option, value, rule and way out."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_moe.config import REFUSALS, MoEConfigError, check
+
+
+def transformer(**changes):
+    base = {
+        "num_moe_experts": 8,
+        "moe_router_topk": 2,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_router_num_groups": None,
+        "moe_router_group_topk": None,
+        "moe_token_dispatcher_type": "alltoall",
+        "expert_model_parallel_size": 2,
+        "tensor_model_parallel_size": 1,
+        "sequence_parallel": False,
+    }
+    return SimpleNamespace(**base | changes)
+
+
+def test_a_plain_model_passes():
+    check(transformer())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_moe_experts": 7}, r"num_moe_experts \(7\) must be a multiple .* use 6 or 8"),
+        ({"moe_router_topk": 9}, r"moe_router_topk \(9\) must be between 1 and .* \(8\)"),
+        ({"tensor_model_parallel_size": 2}, r"add --sequence-parallel"),
+        ({"moe_router_load_balancing_type": "sinkhorn"}, r"\['sinkhorn'\] is not honoured"),
+        ({"moe_token_dispatcher_type": "flex"}, r"'flex' is not honoured .* alltoall or allgather"),
+        ({"moe_router_group_topk": 2}, r"needs moe_router_num_groups \(None\)"),
+        (
+            {"moe_router_group_topk": 2, "moe_router_num_groups": 4, "moe_router_topk": 3},
+            r"moe_router_topk \(3\) must be a multiple of moe_router_group_topk \(2\)",
+        ),
+        ({"recompute_modules": ["moe_act"]}, r"recompute_modules .* use --recompute-modules moe"),
+    ],
+)
+def test_faults(changes, message):
+    with pytest.raises(MoEConfigError, match=message):
+        check(transformer(**changes))
+
+
+def test_all_faults_are_listed_at_once():
+    with pytest.raises(MoEConfigError) as error:
+        check(transformer(num_moe_experts=7, moe_router_topk=9, moe_permute_fusion=True))
+    assert len(str(error.value).splitlines()) == 3
+
+
+def test_every_refusal_names_its_option_and_a_way_out():
+    for refusal in REFUSALS:
+        assert refusal.option.isidentifier()
+        assert len(refusal.way_out) > 5
