@@ -19,7 +19,7 @@ from torch import Tensor
 
 _CUT_ROWS = re.compile(r"(linear_qkv|linear_fc1|word_embeddings|output_layer)\.(weight|bias)$")
 _CUT_COLUMNS = re.compile(r"(linear_proj|linear_fc2)\.weight$")
-# Three spellings: an MLP an expert; one linear layer with weight0, weight1, ...; one stacked weight.
+# Three spellings: an MLP each; one linear layer with weight0, weight1, ...; one stacked weight.
 _EXPERT = re.compile(
     r"(?P<path>(.*\.)?experts)\.(local_experts\.(?P<sequential>\d+)\.)?"
     r"(?P<linear>linear_fc[12])\.(?P<kind>weight|bias)(?P<grouped>\d*)$"
@@ -97,15 +97,10 @@ class Slot:
 
 def slots_of(chunk: torch.nn.Module, places: AxisPlaces) -> Iterator[Slot]:
     """Yield every canonical parameter of a model chunk (or of a layer alone)."""
-    model: Any = chunk
-    while hasattr(model, "module"):
-        model = model.module
+    model = _unwrapped(chunk)
     modules = dict(model.named_modules())
     for name, parameter in model.named_parameters():
-        layer = _LAYER.match(name)
-        prefix, rest = (layer.group(), name[layer.end() :]) if layer else ("", name)
-        if prefix:
-            prefix = f"decoder.layers.{modules[prefix].layer_number - 1}"
+        prefix, rest = _global_layer(name, modules)
         found = _EXPERT.match(rest)
         if not found:
             yield Slot(prefix + rest, parameter)
@@ -117,6 +112,31 @@ def slots_of(chunk: torch.nn.Module, places: AxisPlaces) -> Iterator[Slot]:
         for index in [int(local)] if local else range(experts.num_local_experts):
             whole = f"{prefix}{found['path']}.{first + index}.{tail}"
             yield Slot(whole, parameter, None if local else index)
+
+
+def bias_pieces(chunks: list[torch.nn.Module]) -> list[Piece]:
+    """Return the routers' ``expert_bias`` buffers, which finalising the gradients updates."""
+    pieces = []
+    for model in map(_unwrapped, chunks):
+        modules = dict(model.named_modules())
+        for name, buffer in model.named_buffers():
+            if name.endswith("expert_bias"):
+                pieces.append(Piece("".join(_global_layer(name, modules)), Cut(), buffer.clone()))
+    return pieces
+
+
+def _unwrapped(model: Any) -> torch.nn.Module:
+    while hasattr(model, "module"):
+        model = model.module
+    return model
+
+
+def _global_layer(name: str, modules: dict[str, Any]) -> tuple[str, str]:
+    """Split off the layer of a name, with the number it has in the whole model."""
+    layer = _LAYER.match(name)
+    if layer is None:
+        return "", name
+    return f"decoder.layers.{modules[layer.group()].layer_number - 1}", name[layer.end() :]
 
 
 def canonical_tensor(name: str, shape: tuple[int, ...], empty_experts: tuple[int, ...]) -> Tensor:

@@ -23,6 +23,7 @@ class Job:
         micro_batch_size: Sequences of a micro-batch.
         sequence_length: Tokens of a sequence.
         masked_tokens: Whether some tokens are left out of the loss, unevenly.
+        padded_tokens: Whether sequences end in padding, of uneven length, which goes to no expert.
         empty_experts: Experts that no token chooses.
         steps: Optimizer steps.
     """
@@ -32,6 +33,7 @@ class Job:
     micro_batch_size: int = 1
     sequence_length: int = 8
     masked_tokens: bool = False
+    padded_tokens: bool = False
     empty_experts: tuple[int, ...] = ()
     steps: int = 2
 

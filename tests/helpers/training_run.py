@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from helpers.canonical import pieces_of
+from helpers.canonical import bias_pieces, pieces_of
 from helpers.megatron_world import VOCABULARY, build_gpt, enter_layout, moe_config
 from helpers.runs import Job, Means, RankRecord
 from megatron.core import parallel_state
@@ -23,8 +23,8 @@ _LOGGED = {
 }
 
 
-def global_batch(job: Job) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Return all micro-batches in order: tokens, labels and loss mask, each ``(B, S)``."""
+def global_batch(job: Job) -> list[tuple[Tensor, ...]]:
+    """Return all micro-batches in order: tokens, labels, loss mask and padding, each ``(B, S)``."""
     generator = torch.Generator().manual_seed(7)
     shape = (job.num_sequences, job.sequence_length + 1)
     text = torch.randint(VOCABULARY, shape, generator=generator)
@@ -32,7 +32,12 @@ def global_batch(job: Job) -> list[tuple[Tensor, Tensor, Tensor]]:
     if job.masked_tokens:
         mask = (torch.rand(mask.shape, generator=generator) < 0.6).float()
         mask[:, 0] = 1.0
-    parts = (text[:, :-1], text[:, 1:], mask)
+    padding = torch.zeros_like(mask, dtype=torch.bool)
+    if job.padded_tokens:
+        lengths = torch.randint(2, job.sequence_length, (job.num_sequences, 1), generator=generator)
+        padding = torch.arange(job.sequence_length) >= lengths
+        mask = mask * ~padding
+    parts = (text[:, :-1], text[:, 1:], mask, padding)
     return list(zip(*(part.split(job.micro_batch_size) for part in parts), strict=True))
 
 
@@ -65,7 +70,7 @@ def train_rank(job: Job, means: Means) -> RankRecord:
         assert succeeded
         norms.append(float(norm))
         logged.append(_report(config, job))
-    weights = pieces_of(ddp, places, lambda p: p.data, gated=gated)
+    weights = pieces_of(ddp, places, lambda p: p.data, gated=gated) + bias_pieces(ddp)
     return RankRecord(losses=losses, grads=grads, grad_norms=norms, weights=weights, logged=logged)
 
 
@@ -115,9 +120,10 @@ def _forward_backward(config: Any, job: Job, ddp: list, optimizer: Any) -> list[
 
 
 def _forward_step(data: Iterator, model: Any) -> tuple[Tensor, Any]:
-    tokens, labels, mask = next(data)
+    tokens, labels, mask, padding = next(data)
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    output = model(tokens, positions, None, labels=labels)
+    some = padding if padding.any() else None
+    output = model(tokens, positions, None, labels=labels, padding_mask=some)
 
     def loss_of(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         total, count = (losses * mask).sum(), mask.sum().int()

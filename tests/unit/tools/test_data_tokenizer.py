@@ -93,7 +93,7 @@ def test_disagreement_with_megatrons_class_is_refused(folder):
     ("change", "message"),
     [
         (
-            {"add_prefix_space": True},
+            {"tokenizer_class": "GPT2TokenizerFast", "add_prefix_space": True},
             "Megatron's HuggingFaceTokenizer and tokenizer.json disagree about 'Some Text'; "
             'in tokenizer_config.json, set "tokenizer_class" to "PreTrainedTokenizerFast" '
             "and remove what changes the text, such as add_prefix_space",

@@ -1,0 +1,93 @@
+"""Run one process of a training script with the plugin active.
+
+Started by ``megatron-moe run``, or by hand under torchrun or Slurm::
+
+    torchrun --nproc-per-node 8 -m megatron_moe.run [--device cpu] pretrain_gpt.py --num-experts 8 …
+"""
+
+import argparse
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from megatron_moe.activate import Device, activate
+from megatron_moe.cpu_flags import flags_to_set
+from megatron_moe.preflight import check_run
+
+USER_FAULT = 2
+DEVICE_VARIABLE = "MEGATRON_MOE_DEVICE"
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Activate the plugin in this process and run the script as ``__main__``.
+
+    Raises:
+        SystemExit: 2 for a user's fault, after one sentence from rank 0 on stderr.
+    """
+    options = _parser().parse_args(argv)
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        device = resolve_device(options.device)
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        check_run(options.script, options.args, device, world_size)
+    except ValueError as fault:
+        if first:
+            print(f"megatron-moe: {fault}", file=sys.stderr)
+        raise SystemExit(USER_FAULT) from None
+    if first:
+        _say(options.device, device, options.args)
+    # As `python SCRIPT` does: the script's own checkout of Megatron goes before the installed one.
+    sys.path[0] = str(options.script.resolve().parent)
+    with activate(device):
+        sys.argv = [str(options.script), *options.args]
+        runpy.run_path(str(options.script), run_name="__main__")
+
+
+def resolve_device(asked: str) -> Device:
+    """Return the device to use for ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        ValueError: ``cuda`` was asked for and there is none.
+    """
+    if asked == "cpu":
+        return "cpu"
+    import torch  # a matter of seconds, so only when the answer depends on it
+
+    found: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    if asked == "cuda" and found == "cpu":
+        raise ValueError(
+            "--device cuda was asked for, but torch finds no CUDA device; use --device cpu"
+        )
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m megatron_moe.run", allow_abbrev=False)
+    parser.add_argument(
+        "--device", choices=DEVICES, default=os.environ.get(DEVICE_VARIABLE, "auto")
+    )
+    parser.add_argument("script", type=Path, metavar="SCRIPT")
+    parser.add_argument("args", nargs=argparse.REMAINDER, metavar="ARGS")
+    return parser
+
+
+def auto_reason(device: Device) -> str:
+    """Say what ``auto`` became, and why."""
+    found = "a" if device == "cuda" else "no"
+    return f"--device {device}, since torch finds {found} CUDA device"
+
+
+def _say(asked: str, device: Device, argv: Sequence[str]) -> None:
+    if asked == "auto":
+        print(f"megatron-moe: {auto_reason(device)}", file=sys.stderr)
+    if device == "cpu":
+        flags = " ".join(flag.typed for flag in flags_to_set(argv))
+        print(f"megatron-moe: set for the CPU: {flags}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

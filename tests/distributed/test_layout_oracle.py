@@ -1,0 +1,184 @@
+"""Any layout, any means: the same training run as one process.
+
+One global batch and one set of weights; compared are the loss, the MoE losses as logged, every
+parameter's gradient, the gradient norm and the weights after two optimizer steps. Every legal layout
+of 2 and 4 ranks is run once by a rotating choice of means (dispatcher, expert backend, recompute,
+optimizer, overlap), then the awkward jobs on a few layouts. The full product is marked slow.
+
+Context parallelism is not here, for Megatron's local attention has none: see `test_layer_oracle.py`.
+"""
+
+from dataclasses import dataclass, replace
+from itertools import cycle, product
+from typing import Any
+
+import pytest
+from helpers.layout import Layout, legal_layouts
+from helpers.runs import Job, Means, Record, assert_same_run, merge, train
+
+GROUPED = {"moe_grouped_gemm": True}
+GATHER = {"moe_token_dispatcher_type": "allgather"}
+FULL = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
+SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+
+MEANS = {
+    "alltoall": Means(),
+    "alltoall-grouped": Means(model=GROUPED),
+    "allgather-recompute": Means(model=GATHER | FULL),
+    "allgather-grouped": Means(model=GATHER | GROUPED),
+    "alltoall-grouped-selective-distopt": Means(
+        model=GROUPED | SELECTIVE, distributed_optimizer=True
+    ),
+    "allgather-distopt-overlap": Means(model=GATHER, distributed_optimizer=True, overlap=True),
+    "alltoall-grouped-overlap": Means(model=GROUPED, overlap=True),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A job on a layout by some means; ``reference`` where the one process needs another job."""
+
+    name: str
+    world_size: int
+    job: Job
+    means: Means
+    reference: Job | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.world_size}-{self.means.layout}"
+
+
+def layouts_without_cp(world_size: int) -> list[Layout]:
+    return [layout for layout in legal_layouts(world_size) if layout.cp == 1]
+
+
+def job_for(layout: Layout) -> Job:
+    return Job(model={"num_layers": 4} if layout.pp > 2 else {})
+
+
+def rotating_cases() -> list[Case]:
+    places = [(n, layout) for n in (1, 2, 4) for layout in layouts_without_cp(n)]
+    return [
+        Case(name, n, job_for(layout), replace(means, layout=layout))
+        for (n, layout), (name, means) in zip(places, cycle(MEANS.items()), strict=False)
+    ]
+
+
+def all_cases() -> list[Case]:
+    places = [(n, layout) for n in (1, 2, 4) for layout in layouts_without_cp(n)]
+    done = {str(case) for case in rotating_cases()}
+    cases = [
+        Case(name, n, job_for(layout), replace(means, layout=layout))
+        for (n, layout), (name, means) in product(places, MEANS.items())
+    ]
+    return [case for case in cases if str(case) not in done]
+
+
+EP2 = (2, Layout(ep=2))
+EP4 = (4, Layout(ep=4))
+TP2 = (2, Layout(tp=2))
+PP2_EP2 = (4, Layout(pp=2, ep=2))
+TP2_EP2 = (4, Layout(tp=2, ep=2))
+TP2_EP4 = (4, Layout(tp=2, ep=4))
+TP2_ETP2 = (4, Layout(tp=2, ep=2, etp=2))
+ETP2 = (4, Layout(ep=2, etp=2))
+
+
+def awkward(name: str, job: Job, *places: Any, **means: Any) -> list[Case]:
+    """One case a place; the expert backend alternates."""
+    backends = cycle([{}, GROUPED])
+    return [
+        Case(name, n, job, Means(layout=layout, **({"model": model} | means)))
+        for (n, layout), model in zip(places, backends, strict=False)
+    ]
+
+
+def options(**model: Any) -> Job:
+    return Job(model=model)
+
+
+PER_TOKEN = Job(model={"calculate_per_token_loss": True}, masked_tokens=True)
+MANY_LOSSES = {
+    "moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"],
+    "moe_aux_loss_coeff": [0.1, 0.05],
+    "moe_z_loss_coeff": 0.01,
+}
+GLOBAL = options(moe_router_load_balancing_type="global_aux_loss")
+SIGMOID = options(
+    num_moe_experts=8,
+    moe_router_score_function="sigmoid",
+    moe_router_enable_expert_bias=True,
+    moe_router_bias_update_rate=0.05,
+    moe_router_num_groups=4,
+    moe_router_group_topk=2,
+    moe_router_topk_scaling_factor=2.5,
+)
+CAPACITY = {"moe_expert_capacity_factor": 0.75, "moe_router_load_balancing_type": "aux_loss"}
+SHARED = options(moe_shared_expert_intermediate_size=8, moe_shared_expert_gate=True)
+INTERLEAVED = options(num_layers=4, moe_layer_freq=[0, 1, 1, 1])
+
+AWKWARD = [
+    *awkward("topk1", options(moe_router_topk=1, moe_router_pre_softmax=True), EP2, TP2_EP2),
+    *awkward("topk4", options(moe_router_topk=4), EP4, TP2_ETP2),
+    *awkward("one-expert-a-rank", options(num_moe_experts=2), EP2, PP2_EP2),
+    *awkward("empty-expert", Job(empty_experts=(0,)), EP4, TP2_EP2, ETP2),
+    *awkward("empty-rank", Job(empty_experts=(2, 3)), EP2, TP2_EP4, ETP2),
+    *awkward("empty-rank-overlap", Job(empty_experts=(2, 3)), EP2, TP2_EP2, overlap=True),
+    *awkward("empty-rank-allgather", Job(empty_experts=(0, 1)), TP2_EP2, model=GATHER),
+    *awkward("per-token", PER_TOKEN, EP2, TP2, TP2_EP2, PP2_EP2),
+    *awkward("per-token-losses", replace(PER_TOKEN, model=PER_TOKEN.model | MANY_LOSSES), TP2_EP2),
+    *awkward("padding", Job(model=MANY_LOSSES, padded_tokens=True), EP2, TP2_EP2, TP2_ETP2),
+    *awkward(
+        "padding-per-token", replace(PER_TOKEN, padded_tokens=True, masked_tokens=False), TP2_EP2
+    ),
+    *awkward(
+        "losses", Job(model=MANY_LOSSES, num_sequences=8, micro_batch_size=2), EP4, TP2_EP2, PP2_EP2
+    ),
+    *awkward("sigmoid-bias-groups", SIGMOID, EP2, TP2_EP2, PP2_EP2),
+    *awkward("shared-gate", SHARED, EP2, TP2_EP2),
+    *awkward("drop", options(**CAPACITY), EP4, PP2_EP2),
+    *awkward("drop-position", options(**CAPACITY, moe_token_drop_policy="position"), EP4),
+    *awkward("pad", options(**CAPACITY, moe_pad_expert_input_to_capacity=True), EP2, EP4),
+    *awkward("plain-bias", options(add_bias_linear=True, gated_linear_unit=False), EP2, TP2_EP2),
+    *awkward("interleaved", INTERLEAVED, (2, Layout(pp=2, vpp=2)), (4, Layout(pp=2, vpp=2, ep=2))),
+    *awkward("interleaved-tp", INTERLEAVED, (4, Layout(pp=2, vpp=2, tp=2, ep=2))),
+    *[  # the scope is the global batch: one micro-batch here is several there
+        Case("global-aux", n, replace(GLOBAL, micro_batch_size=size), Means(layout=layout), one)
+        for one in [replace(GLOBAL, micro_batch_size=4)]
+        for (n, layout), size in ((EP2, 2), (EP4, 1), (TP2_EP2, 2))
+    ],
+]
+
+_references: dict[str, Record] = {}
+
+
+def run(pool, job: Job, means: Means, world_size: int) -> Record:
+    ranks = pool.run(train, job, means, world_size=world_size, timeout=120)
+    return merge(ranks, per_token=job.model.get("calculate_per_token_loss", False))
+
+
+def check(pool, case: Case) -> None:
+    job = case.reference or case.job
+    if repr(job) not in _references:
+        _references[repr(job)] = run(pool, job, Means(), 1)
+    assert_same_run(run(pool, case.job, case.means, case.world_size), _references[repr(job)])
+
+
+@pytest.mark.parametrize("case", rotating_cases(), ids=str)
+def test_every_layout(pool, case):
+    check(pool, case)
+
+
+@pytest.mark.parametrize("case", AWKWARD, ids=str)
+def test_awkward_jobs(pool, case):
+    check(pool, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", all_cases(), ids=str)
+def test_every_layout_by_all_means(pool, case):
+    check(pool, case)
