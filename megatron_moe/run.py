@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_moe.activate import Device, activate
+from megatron_moe.config import MoEConfigError
 from megatron_moe.cpu_flags import flags_to_set
+from megatron_moe.mcore.patching import PatchError
 from megatron_moe.preflight import check_run
 
 USER_FAULT = 2
@@ -35,16 +37,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         check_run(options.script, options.args, device, world_size)
     except ValueError as fault:
-        if first:
-            print(f"megatron-moe: {fault}", file=sys.stderr)
-        raise SystemExit(USER_FAULT) from None
+        raise _refused(fault, first) from None
     if first:
         _say(options.device, device, options.args)
     # As `python SCRIPT` does: the script's own checkout of Megatron goes before the installed one.
     sys.path[0] = str(options.script.resolve().parent)
-    with activate(device):
-        sys.argv = [str(options.script), *options.args]
-        runpy.run_path(str(options.script), run_name="__main__")
+    try:
+        with activate(device):
+            sys.argv = [str(options.script), *options.args]
+            runpy.run_path(str(options.script), run_name="__main__")
+    except (MoEConfigError, PatchError) as fault:
+        raise _refused(fault, first) from None
 
 
 def resolve_device(asked: str) -> Device:
@@ -63,6 +66,13 @@ def resolve_device(asked: str) -> Device:
             "--device cuda was asked for, but torch finds no CUDA device; use --device cpu"
         )
     return found
+
+
+def _refused(fault: Exception, first: bool) -> SystemExit:
+    if first:
+        for line in str(fault).splitlines():
+            print(f"megatron-moe: {line}", file=sys.stderr)
+    return SystemExit(USER_FAULT)
 
 
 def _parser() -> argparse.ArgumentParser:

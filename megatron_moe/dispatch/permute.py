@@ -72,7 +72,8 @@ def _copies(x_TD: Tensor, order: CopyOrder) -> Tensor:
 
 def _sums(y_ND: Tensor, order: CopyOrder) -> Tensor:
     if order.copy_TK is not None and y_ND.shape[0] > 0:
-        return F.embedding_bag(order.copy_TK, y_ND.contiguous(), mode="sum")
+        # Detached: it would otherwise also write what its own backward needs.
+        return F.embedding_bag(order.copy_TK, y_ND.detach().contiguous(), mode="sum")
     rows = order.num_tokens + int(order.padded)
     # fp32: K roundings of a half-precision running sum would differ from the gather-reduce.
     dtype = torch.promote_types(y_ND.dtype, torch.float32)

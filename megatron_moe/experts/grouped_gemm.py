@@ -88,9 +88,12 @@ class _GroupedLinear(torch.autograd.Function):
 
 
 def _form_for(form: str, x_RD: Tensor, weight_eFD: Tensor) -> str:
-    """``loop`` for what ``grouped_mm`` cannot take: no rows, or rows not in steps of 16 bytes."""
+    """``loop`` for what ``grouped_mm`` cannot take: no rows, or rows not in steps of 16 bytes.
+
+    Nor one row, nor one expert: the stride of a dimension of size 1 may be anything.
+    """
     odd = any(n * x_RD.element_size() % 16 for n in weight_eFD.shape[1:])
-    if x_RD.shape[0] == 0 or odd:
+    if x_RD.shape[0] <= 1 or weight_eFD.shape[0] == 1 or odd:
         return "loop"
     return form
 

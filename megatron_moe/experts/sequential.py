@@ -37,6 +37,10 @@ class SequentialExperts(SequentialMLP):
             # EP or ETP > 1; with one rank its no-op reduction returns a view to which the MLP
             # then adds the bias in place, which autograd forbids.
             expert.linear_fc2.explicit_expert_comm = True
+            if expert.linear_fc2.bias is not None:
+                # Marked by Megatron as if tokens were spread over TP here: its gradient, complete
+                # on the expert's owner, would be summed over TP, with other experts' mixed in.
+                expert.linear_fc2.bias.sequence_parallel = False
         self.register_load_state_dict_pre_hook(accept_grouped_keys)
 
     def _initialise(self, seed: int) -> None:

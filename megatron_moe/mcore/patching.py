@@ -112,7 +112,7 @@ def check(patch: Patch, versions: Mapping[str, str] | None = None) -> Any:
     """
     original = _original(patch, versions or {})
     if undeclared := _undeclared_holders([(patch, original)]).get(patch.target):
-        raise PatchError(f"{patch.target}: also held by {undeclared}, not declared in holders")
+        raise PatchError(_held(patch.target, undeclared))
     return original
 
 
@@ -129,7 +129,7 @@ def applied(patches: Sequence[Patch], versions: Mapping[str, str] | None = None)
         raise PatchError(f"{', '.join(twice)}: declared by two patches")
     checked = [(patch, _original(patch, versions or {})) for patch in patches]
     for target, undeclared in _undeclared_holders(checked).items():
-        raise PatchError(f"{target}: also held by {undeclared}, not declared in holders")
+        raise PatchError(_held(target, undeclared))
     put: list[tuple[_Place, Any, Any]] = []
     try:
         for patch, original in checked:
@@ -141,6 +141,13 @@ def applied(patches: Sequence[Patch], versions: Mapping[str, str] | None = None)
         yield
     finally:
         _undo(put)
+
+
+def _held(target: str, holders: list[str]) -> str:
+    where = ", ".join(holders)
+    if any(holder.startswith("megatron.") for holder in holders):
+        return f"{target}: also held by {where}, not declared in holders; read it again"
+    return f"{target}: imported by value in {where}; activate before that import"
 
 
 def _undo(put: list[tuple[_Place, Any, Any]]) -> None:
@@ -180,7 +187,10 @@ def _original(patch: Patch, versions: Mapping[str, str]) -> Any:
     if patch.fingerprints and (seen := fingerprint(original)) not in patch.fingerprints:
         declared = " or ".join(patch.fingerprints)
         raise PatchError(f"{patch.target}: source is {seen}, declared {declared}; read it again")
-    for place in _places(patch)[1:]:
+    places = _places(patch)
+    if isinstance(places[0].raw, classmethod):
+        raise PatchError(f"{patch.target}: a class method cannot be wrapped; patch what it calls")
+    for place in places[1:]:
         if place.raw is not original:
             holder = getattr(place.owner, "__name__", place.owner)
             raise PatchError(f"{patch.target}: declared holder {holder} does not hold it")
@@ -231,8 +241,6 @@ def _stand_in(patch: Patch, original: Any) -> Any:
 
 def _as_descriptor(raw: Any, new: Any) -> Any:
     """Keep a static method static: the class dictionary holds a descriptor, not the function."""
-    if isinstance(raw, classmethod):
-        raise PatchError("a classmethod cannot be wrapped: patch the function it calls")
     return staticmethod(new) if isinstance(raw, staticmethod) else new
 
 

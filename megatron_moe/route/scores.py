@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_moe.route.topk import best_experts
+
 # Keeps a normalisation of all-zero sigmoid scores finite; Megatron's value, for equal results.
 _EPSILON = 1e-20
 
@@ -122,7 +124,7 @@ def choose(
     if group_topk:
         assert num_groups is not None
         ranked_TE = _keep_best_groups(ranked_TE, topk, num_groups, group_topk)
-    indices_TK = ranked_TE.topk(topk, dim=-1).indices
+    indices_TK = best_experts(ranked_TE, topk)
     probs_TK = scores_TE.gather(1, indices_TK)
     if late_softmax:
         probs_TK = torch.softmax(probs_TK, dim=-1)

@@ -1,6 +1,18 @@
 """What Megatron has no slot for, on any device: the plugin's seam and fixes."""
 
 from megatron_moe.mcore.patching import Patch
-from megatron_moe.patches.megatron import compile_helpers, seam
+from megatron_moe.patches.megatron import (
+    bucket_padding,
+    compile_helpers,
+    fresh_optimizer,
+    seam,
+    synchronous_save,
+)
 
-ALL: tuple[Patch, ...] = (*seam.PATCHES, *compile_helpers.PATCHES)
+ALL: tuple[Patch, ...] = (
+    *seam.PATCHES,
+    *compile_helpers.PATCHES,
+    *synchronous_save.PATCHES,
+    *bucket_padding.PATCHES,
+    *fresh_optimizer.PATCHES,
+)

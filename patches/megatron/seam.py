@@ -48,11 +48,13 @@ def _gpt_config_from_args(
         return original(args, config, model_config_cls)
     if not _wanted(args):
         return original(args, config)
+    from megatron_moe.config import check
     from megatron_moe.mcore.arguments import moe_config_from_args
     from megatron_moe.mcore.builder import MoEGPTModelConfig
 
     ours = original(args, config, MoEGPTModelConfig)
     ours.moe = moe_config_from_args(args)
+    check(ours.transformer)  # here, before any process group exists
     return ours
 
 
@@ -61,9 +63,11 @@ def _hybrid_config_from_args(
 ) -> Any:
     hybrid = original(args, *rest, **kwargs)
     if _wanted(args) and args.spec is None and args.transformer_impl != "inference_optimized":
+        from megatron_moe.config import check
         from megatron_moe.mcore.arguments import moe_config_from_args
         from megatron_moe.mcore.specs import hybrid_block_spec
 
+        check(hybrid.transformer)
         hybrid.hybrid_stack_spec = hybrid_block_spec(moe_config_from_args(args))
     return hybrid
 

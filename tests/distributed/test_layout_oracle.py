@@ -1,11 +1,11 @@
 """Any layout, any means: the same training run as one process.
 
 One global batch and one set of weights; compared are the loss, the MoE losses as logged, every
-parameter's gradient, the gradient norm and the weights after two optimizer steps. Every legal layout
-of 2 and 4 ranks is run once by a rotating choice of means (dispatcher, expert backend, recompute,
-optimizer, overlap), then the awkward jobs on a few layouts. The full product is marked slow.
+parameter's gradient, the gradient norm and the weights after two optimizer steps. Every legal
+layout of up to 4 ranks is run once by a rotating choice of means (dispatcher, expert backend,
+recompute, optimizer, overlap), then the awkward jobs on a few layouts. The full product is slow.
 
-Context parallelism is not here, for Megatron's local attention has none: see `test_layer_oracle.py`.
+Context parallelism is in `test_layer_oracle.py`: Megatron's local attention has none.
 """
 
 from dataclasses import dataclass, replace
@@ -143,7 +143,9 @@ AWKWARD = [
     *awkward("drop", options(**CAPACITY), EP4, PP2_EP2),
     *awkward("drop-position", options(**CAPACITY, moe_token_drop_policy="position"), EP4),
     *awkward("pad", options(**CAPACITY, moe_pad_expert_input_to_capacity=True), EP2, EP4),
-    *awkward("plain-bias", options(add_bias_linear=True, gated_linear_unit=False), EP2, TP2_EP2),
+    *awkward(
+        "plain-bias", options(add_bias_linear=True, gated_linear_unit=False), EP2, TP2_EP2, TP2
+    ),
     *awkward("interleaved", INTERLEAVED, (2, Layout(pp=2, vpp=2)), (4, Layout(pp=2, vpp=2, ep=2))),
     *awkward("interleaved-tp", INTERLEAVED, (4, Layout(pp=2, vpp=2, tp=2, ep=2))),
     *[  # the scope is the global batch: one micro-batch here is several there

@@ -221,10 +221,11 @@ def assemble(ranks: list[list[Piece]]) -> dict[str, Tensor]:
                 atol=1e-7,
                 msg=lambda text, p=piece, a=other, b=rank: f"ranks {a}, {b} on {p.name}: {text}",
             )
-    return {name: _join([p for p, _ in found.values()]) for name, found in sorted(parts.items())}
+    return {name: join([p for p, _ in found.values()]) for name, found in sorted(parts.items())}
 
 
-def _join(pieces: list[Piece]) -> Tensor:
+def join(pieces: list[Piece]) -> Tensor:
+    """Return the whole tensor of which ``pieces`` are all parts, in any order."""
     cut = pieces[0].cut
     if cut.dim is None:
         return pieces[0].tensor

@@ -33,7 +33,7 @@ from typing import Any
 from helpers import wire
 
 _GRACE_S = 2.0  # given to the other ranks after the first failure
-_START_LIMIT_S = 240.0
+_START_LIMIT_S = 400.0  # the import alone takes 15 s of CPU, minutes on a busy machine
 _LOG_LINES = 25
 
 
@@ -72,7 +72,8 @@ class _Rank:
         with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGUSR1)
         time.sleep(0.3)
-        return (self.folder / f"rank{self.rank}.stack").read_text().rstrip()
+        lines = (self.folder / f"rank{self.rank}.stack").read_text().splitlines()
+        return "\n".join(line for line in lines if "torch/nn/modules/module.py" not in line)
 
 
 class Pool:
@@ -88,6 +89,7 @@ class Pool:
         self._teams: dict[int, list[_Rank]] = {}
         self._template: subprocess.Popen | None = None
         self._ready = False
+        self._broken = ""
         self._store: Any = None
 
     def warm_up(self) -> None:
@@ -205,9 +207,11 @@ class Pool:
         return self._teams[world_size]
 
     def _wait_for_template(self) -> None:
-        self.warm_up()
         if self._ready:
             return
+        if self._broken:  # it would fail again, after as long
+            raise RuntimeError(self._broken)
+        self.warm_up()
         self._control.settimeout(_START_LIMIT_S)
         try:
             answer = self._control.recv(16)
@@ -216,7 +220,8 @@ class Pool:
         if answer != b"ready":
             log = (self._folder / "template.log").read_text(errors="replace")
             self.close()
-            raise RuntimeError(f"the pool's template process did not start:\n{log[-4000:]}")
+            self._broken = f"the pool's template process did not start:\n{log[-4000:]}"
+            raise RuntimeError(self._broken)
         self._ready = True
 
     def _fork_team(self, world_size: int) -> list[_Rank]:

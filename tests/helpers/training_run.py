@@ -69,7 +69,9 @@ def train_rank(job: Job, means: Means) -> RankRecord:
         succeeded, norm, _ = optimizer.step()
         assert succeeded
         norms.append(float(norm))
-        logged.append(_report(config, job))
+        dp_size = parallel_state.get_data_parallel_world_size()
+        num_micro_batches = job.num_sequences // job.micro_batch_size // dp_size
+        logged.append(logged_losses(config, num_micro_batches))
     weights = pieces_of(ddp, places, lambda p: p.data, gated=gated) + bias_pieces(ddp)
     return RankRecord(losses=losses, grads=grads, grad_norms=norms, weights=weights, logged=logged)
 
@@ -152,15 +154,13 @@ class _Writer:
         self.scalars[name] = float(value)
 
 
-def _report(config: Any, job: Job) -> dict[str, float]:
+def logged_losses(config: Any, num_micro_batches: int) -> dict[str, float]:
     """Return the MoE losses as Megatron's training loop would log them."""
     kinds = config.moe_router_load_balancing_type
     kinds = [kinds] if isinstance(kinds, str) else kinds
     names = [_LOGGED[kind] for kind in kinds if kind in _LOGGED]
     if config.moe_z_loss_coeff:
         names.append("z_loss")
-    dp_size = parallel_state.get_data_parallel_world_size()
-    num_micro_batches = job.num_sequences // job.micro_batch_size // dp_size
     writer = _Writer()
     get_moe_metrics_tracker().report(
         loss_scale=1 / num_micro_batches,

@@ -157,8 +157,7 @@ def _describe(error: BaseException) -> str:
         trimmed = trimmed.tb_next
     # The last line first: pytest's summary shows no more than the first line of a message.
     summary = traceback.format_exception_only(error)[-1].strip().partition("\n")[0]
-    text = "".join(traceback.format_exception(type(error), error, trimmed)).rstrip()
-    text = f"{summary}\n{text}"
+    text = f"{summary}\n{_shortened(traceback.TracebackException(type(error), error, trimmed))}"
     ours = [frame for frame, _ in steps if "/tests/" in frame.f_code.co_filename]
     if not ours:
         return text
@@ -166,6 +165,14 @@ def _describe(error: BaseException) -> str:
     # The team differs by rank; without it, equal failures read equal and are shown once.
     lines = [f"    {k} = {_short(v)}" for k, v in values if not isinstance(v, World)]
     return "\n".join([text, f"  locals of {ours[-1].f_code.co_name}:", *lines[:30]])
+
+
+def _shortened(trace: traceback.TracebackException) -> str:
+    """Format without carets and without torch's own steps from `__call__` to `forward`."""
+    kept = [step for step in trace.stack if not step.filename.endswith("nn/modules/module.py")]
+    plain = [traceback.FrameSummary(s.filename, s.lineno, s.name, line=s.line) for s in kept]
+    trace.stack = traceback.StackSummary.from_list(plain)
+    return "".join(trace.format()).rstrip()
 
 
 def _short(value: Any) -> str:

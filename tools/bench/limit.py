@@ -23,7 +23,9 @@ def matmul_limit(
     ones; nothing is routed, moved, weighed or recorded for autograd.
     """
     torch.manual_seed(3)
-    gate = _Product(torch.randn(NUM_TOKENS, shape.hidden), torch.randn(shape.num_experts, shape.hidden))
+    gate = _Product(
+        torch.randn(NUM_TOKENS, shape.hidden), torch.randn(shape.num_experts, shape.hidden)
+    )
     copies, halves = sum(rows_e), 2 if gated else 1
     fc1 = [torch.randn(halves * shape.ffn, shape.hidden, dtype=dtype) for _ in rows_e]
     fc2 = [torch.randn(shape.hidden, shape.ffn, dtype=dtype) for _ in rows_e]

@@ -158,4 +158,3 @@ def timed_step(
         before = clock()
         torch.autograd.backward(outputs, grads)
         yield (place, "backward"), clock() - before
-

@@ -50,7 +50,9 @@ def command(quick: bool, folder: Path) -> None:
         )
     started = time.monotonic()
     try:
-        Demo(plan.QUICK if quick else plan.FULL, folder, script, console).tell()
+        here = Path.cwd()
+        shown = script.relative_to(here) if script.is_relative_to(here) else script
+        Demo(plan.QUICK if quick else plan.FULL, folder, shown, console).tell()
     except ChildError as failure:
         console.print(str(failure), markup=False)
         raise click.ClickException("the demo stopped; see the lines above") from failure
@@ -129,7 +131,7 @@ class Demo:
         sizes = self.sizes
         drift = max(abs(moe.losses[i] - resumed.losses[i]) for i in resumed.losses)
         self.console.print()
-        for table in (picture.resumed(moe, resumed), picture.load(moe)):
+        for table in (picture.resumed(moe, resumed), picture.load(sizes, moe)):
             self.console.print(table, "")
         self.console.print(picture.losses(sizes, dense, moe), "")
         told = SEEN.format(

@@ -35,20 +35,24 @@ def _millions(count: int) -> str:
     return f"{count / 1e6:.2f} M"
 
 
-def load(moe: History) -> Table:
-    """Share of the tokens that each expert of each layer has had, as bars."""
+def load(plan: Plan, moe: History) -> Table:
+    """Share of the tokens that each expert of each layer got, early and late, as bars."""
     table = Table(
-        title="Tokens by expert (an even share is half of the height)", title_style="bold"
+        title="Tokens by expert (half of the height is an even share)", title_style="bold"
     )
     table.add_column("layer", justify="right", vertical="middle")
-    table.add_column("experts")
+    table.add_column(f"first {plan.eval_interval} steps")
+    table.add_column(f"last {plan.tail} steps")
     table.add_column("busiest", justify="right", vertical="middle")
     table.add_column("idlest", justify="right", vertical="middle")
     for layer, counts in sorted(moe.last_load.items()):
         even = sum(counts) / len(counts)
-        bars = Text("\n".join(bar_rows(counts)), style="cyan")
+        bars = (
+            Text("\n".join(bar_rows(part)), style="cyan")
+            for part in (moe.first_load[layer], counts)
+        )
         table.add_row(
-            str(layer), bars, f"{max(counts) / even:.2f} ×", f"{min(counts) / even:.2f} ×"
+            str(layer), *bars, f"{max(counts) / even:.2f} ×", f"{min(counts) / even:.2f} ×"
         )
     return table
 

@@ -47,6 +47,15 @@ def test_odd_widths_are_computed_all_the_same():
     assert_same(out, torch.cat([x[:1] @ weight[0].T, x[1:] @ weight[1].T]))
 
 
+def test_one_row_whose_stride_is_arbitrary():
+    x = torch.randn(3, 8).as_strided((1, 8), (3, 1)).requires_grad_()
+    weight = torch.randn(2, 16, 8, requires_grad=True)
+    out = grouped_linear(x, weight, [0, 1], "grouped_mm")
+    out.sum().backward()
+    assert_same(out, x @ weight[1].T)
+    assert_same(x.grad, weight[1].sum(0, keepdim=True))
+
+
 def test_gradcheck():
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(3, 2, 3, dtype=torch.float64, requires_grad=True)

@@ -107,6 +107,17 @@ def test_losses_stand_beside_each_other():
     assert f"{plan.FULL.tokens_per_step * 2:,}" in text
 
 
+def test_load_is_drawn_early_and_late():
+    history = History()
+    for record in (Load(1, (8, 0)), Load(2, (4, 4)), Load(1, (3, 1)), Load(2, (0, 0))):
+        history.add(record)
+    history.last_load[2] = (5, 5)
+    lines = drawn(picture.load(plan.FULL, history)).splitlines()
+    first = next(line for line in lines if "1.50 ×" in line)
+    assert "0.50 ×" in first and first.startswith("│     1 │")
+    assert any("1.00 ×" in line for line in lines)
+
+
 def test_resumed_losses_show_their_difference():
     went_on = History({9: 2.0, 10: 1.5}, {}, {10: 1.75})
     again = History({9: 2.0, 10: 1.625}, {}, {10: 1.75})
