@@ -34,59 +34,51 @@ def exchange(
     same all-to-all, and with ETP two reduce-scatters. No host sync.
     Source: GShard, arXiv:2006.16668.
     """
-    if groups.tp_ep.size() > 1:
-        x_RD, probs_R = _Exchange.apply(x_ND, probs_N, plan, groups)
-    else:
-        x_RD, probs_R = x_ND, probs_N
-    if plan.local_order_R is not None:
-        x_RD = reorder(x_RD, plan.local_order_R)
-        probs_R = probs_R.index_select(0, plan.local_order_R)
-    return x_RD, probs_R
+    if groups.tp_ep.size() == 1:
+        assert plan.local_order_R is None, "one rank sends in the order of its own experts"
+        return x_ND, probs_N
+    return _Exchange.apply(x_ND, probs_N, plan, groups)
 
 
 class _Exchange(torch.autograd.Function):
+    """Pack, send, gather, unpack; putting rows in order is part of packing and unpacking."""
+
     @staticmethod
     def forward(ctx, x_ND, probs_N, plan, groups):
         ctx.args = (plan, groups)
         width, dtype = x_ND.shape[1], probs_N.dtype
         rows = collectives.all_to_all(
-            _pack(x_ND, probs_N), plan.input_splits, plan.output_splits, groups.ep
+            _pack(x_ND, probs_N, None), plan.input_splits, plan.output_splits, groups.ep
         )
         rows = collectives.all_gather(rows, plan.etp_sizes, groups.etp)
-        return _unpack(rows, width, dtype)
+        return _unpack(rows, width, dtype, plan.local_order_R)
 
     @staticmethod
     def backward(ctx, grad_x_RD, grad_probs_R):
         plan, groups = ctx.args
         width, dtype = grad_x_RD.shape[1], grad_probs_R.dtype
-        # Sums need numbers, not bits: two reduce-scatters before the bits travel.
-        grad_x = collectives.reduce_scatter(grad_x_RD, plan.etp_sizes, groups.etp)
-        grad_probs = collectives.reduce_scatter(grad_probs_R, plan.etp_sizes, groups.etp)
+        order_R = plan.local_order_R
+        if groups.etp.size() > 1:
+            # Sums need numbers, not bits: two reduce-scatters before the bits travel.
+            if order_R is not None:
+                grad_x_RD, grad_probs_R = (
+                    _scattered(g, order_R) for g in (grad_x_RD, grad_probs_R)
+                )
+            grad_x_RD = collectives.reduce_scatter(grad_x_RD, plan.etp_sizes, groups.etp)
+            grad_probs_R = collectives.reduce_scatter(grad_probs_R, plan.etp_sizes, groups.etp)
+            order_R = None
         rows = collectives.all_to_all(
-            _pack(grad_x, grad_probs), plan.output_splits, plan.input_splits, groups.ep
+            _pack(grad_x_RD, grad_probs_R, order_R),
+            plan.output_splits,
+            plan.input_splits,
+            groups.ep,
         )
-        return *_unpack(rows, width, dtype), None, None
-
-
-def reorder(x_RD: Tensor, order_R: Tensor) -> Tensor:
-    """Rows in another order; the backward is a gather too, not an addition into zeros."""
-    return _Reorder.apply(x_RD, order_R)
+        return *_unpack(rows, width, dtype, None), None, None
 
 
 def restore(x_RD: Tensor, order_R: Tensor) -> Tensor:
-    """Undo :func:`reorder`."""
+    """Undo the order of the local experts; the backward is a gather, not an addition into zeros."""
     return _Restore.apply(x_RD, order_R)
-
-
-class _Reorder(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_RD, order_R):
-        ctx.save_for_backward(order_R)
-        return x_RD.index_select(0, order_R)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _scattered(grad, *ctx.saved_tensors), None
 
 
 class _Restore(torch.autograd.Function):
@@ -100,22 +92,39 @@ class _Restore(torch.autograd.Function):
         return grad.index_select(0, *ctx.saved_tensors), None
 
 
-def _scattered(x_RD: Tensor, order_R: Tensor) -> Tensor:
-    return torch.empty_like(x_RD).index_copy_(0, order_R, x_RD)
+def _scattered(x_RX: Tensor, order_R: Tensor) -> Tensor:
+    return torch.empty_like(x_RX).index_copy_(0, order_R, x_RX)
 
 
-def _pack(x_ND: Tensor, probs_N: Tensor) -> Tensor:
-    """Rows of x with the bits of the weight in extra columns of x's dtype."""
+def _pack(x_ND: Tensor, probs_N: Tensor, order_N: Tensor | None) -> Tensor:
+    """Rows of x with the bits of the weight in extra columns of x's dtype.
+
+    Args:
+        x_ND: Rows.
+        probs_N: Their weights.
+        order_N: Where each row goes; None leaves it where it is.
+    """
     if probs_N.element_size() < x_ND.element_size():
         probs_N = probs_N.to(x_ND.dtype)  # exact: to a wider dtype
     bits = probs_N.contiguous().unsqueeze(1).view(x_ND.dtype)
-    return torch.cat([x_ND, bits], dim=1)
+    if order_N is None:
+        return torch.cat([x_ND, bits], dim=1)
+    width = x_ND.shape[1]
+    rows = x_ND.new_empty(x_ND.shape[0], width + bits.shape[1])
+    rows[:, :width].index_copy_(0, order_N, x_ND)
+    rows[:, width:].index_copy_(0, order_N, bits)
+    return rows
 
 
-def _unpack(rows: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    bits = rows[:, width:].contiguous()
-    if bits.element_size() * bits.shape[1] == dtype.itemsize:
-        probs_N = bits.view(dtype).squeeze(1)
+def _unpack(
+    rows: Tensor, width: int, dtype: torch.dtype, order_N: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The adjoint of :func:`_pack`: row r comes from ``order_N[r]``."""
+    x_ND, bits = rows[:, :width], rows[:, width:]
+    if order_N is None:
+        x_ND, bits = x_ND.contiguous(), bits.contiguous()
     else:
-        probs_N = bits.squeeze(1).to(dtype)
-    return rows[:, :width].contiguous(), probs_N
+        x_ND, bits = x_ND.index_select(0, order_N), bits.index_select(0, order_N)
+    if bits.element_size() * bits.shape[1] == dtype.itemsize:
+        return x_ND, bits.view(dtype).squeeze(1)
+    return x_ND, bits.squeeze(1).to(dtype)

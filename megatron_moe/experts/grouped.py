@@ -21,8 +21,11 @@ from megatron_moe.experts.activation import weighted_activation
 from megatron_moe.experts.grouped_gemm import choose_form, grouped_linear
 from megatron_moe.experts.initialise import draw_seed, initialise_expert
 from megatron_moe.experts.keys import accept_sequential_keys
-from megatron_moe.experts.sharding import ExpertShard, sharded_stack
+from megatron_moe.experts.sharding import ExpertShard, empty_extra_states, sharded_stack
 from megatron_moe.parallel.groups import ExpertGroups, is_ordinary_expert
+
+# Axis of one expert's tensor that is cut over ETP; every ETP rank holds all of the others.
+_SHARDED_AXIS = {"linear_fc1.weight": 0, "linear_fc1.bias": 0, "linear_fc2.weight": 1}
 
 
 class StackedLinear(torch.nn.Module):
@@ -73,19 +76,21 @@ class StackedLinear(torch.nn.Module):
     ) -> None:
         expected = set()
         for name, parameter in self.named_parameters():
-            for i, one in enumerate(parameter.data.unbind(0)):
-                key = f"{prefix}{name}{i}"
-                expected.add(key)
+            targets = {f"{prefix}{name}{i}": one for i, one in enumerate(parameter.data.unbind(0))}
+            if f"{prefix}{name}" in state_dict:  # a distributed checkpoint: stacked already
+                targets = {f"{prefix}{name}": parameter.data}
+            expected |= targets.keys()
+            for key, target in targets.items():
                 found = state_dict.get(key)
                 if found is None:
                     missing_keys.append(key)
-                elif found.shape != one.shape:
+                elif found.shape != target.shape:
                     error_msgs.append(
                         f"size mismatch for {key}: {tuple(found.shape)} in the checkpoint, "
-                        f"{tuple(one.shape)} in the model"
+                        f"{tuple(target.shape)} in the model"
                     )
                 else:
-                    one.copy_(found)
+                    target.copy_(found)
         if strict:
             unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in expected]
 
@@ -184,6 +189,7 @@ class GroupedExperts(MegatronModule):
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         shard = ExpertShard(self.ep_group, self.tp_group, self.dp_group, self.num_local_experts)
         out: ShardedStateDict = {}
+        singleton = metadata.get("singleton_local_shards", False)
         for layer, linear in (("linear_fc1", self.linear_fc1), ("linear_fc2", self.linear_fc2)):
             for name, parameter in linear.named_parameters():
                 out |= sharded_stack(
@@ -193,13 +199,11 @@ class GroupedExperts(MegatronModule):
                     shard,
                     sharded_offsets,
                     gated=self.config.gated_linear_unit and layer == "linear_fc1",
-                    sharded_axis={
-                        "linear_fc1.weight": 0,
-                        "linear_fc1.bias": 0,
-                        "linear_fc2.weight": 1,
-                    }.get(f"{layer}.{name}"),
-                    singleton=metadata.get("singleton_local_shards", False),
+                    sharded_axis=_SHARDED_AXIS.get(f"{layer}.{name}"),
+                    singleton=singleton,
                 )
+            if not singleton:
+                out |= empty_extra_states(prefix, layer, shard, sharded_offsets)
         return out
 
     def _initialise(self) -> None:

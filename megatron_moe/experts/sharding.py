@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     ShardedTensorFactory,
 )
+from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -69,6 +70,31 @@ def sharded_stack(
             place.replica_id(),
         )
     }
+
+
+def empty_extra_states(
+    prefix: str, layer: str, shard: ExpertShard, sharded_offsets: tuple
+) -> ShardedStateDict:
+    """The (empty) FP8 state of each expert's linear layer, which other expert layers ask for.
+
+    Args:
+        prefix: Of the experts module, ending with a dot.
+        layer: ``linear_fc1`` or ``linear_fc2``.
+        shard: This rank's place.
+        sharded_offsets: Axes that Megatron prepends (layers).
+    """
+    out: ShardedStateDict = {}
+    total = shard.ep.size() * shard.num_local
+    edp_rank = shard.edp.rank() if shard.edp is not None else 0
+    for i in range(shard.num_local):
+        at = (len(sharded_offsets), shard.ep.rank() * shard.num_local + i, total)
+        out[f"{prefix}{layer}._extra_state{i}"] = make_sharded_object_for_checkpoint(
+            None,
+            f"{prefix}experts.{layer}._extra_state",
+            (*sharded_offsets, at),
+            replica_id=(0, shard.etp.rank(), edp_rank),
+        )
+    return out
 
 
 @dataclass(frozen=True)

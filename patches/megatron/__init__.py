@@ -4,7 +4,7 @@ from megatron_moe.mcore.patching import Patch
 from megatron_moe.patches.megatron import (
     bucket_padding,
     compile_helpers,
-    fresh_optimizer,
+    load_optimizer_state,
     seam,
     synchronous_save,
 )
@@ -14,5 +14,5 @@ ALL: tuple[Patch, ...] = (
     *compile_helpers.PATCHES,
     *synchronous_save.PATCHES,
     *bucket_padding.PATCHES,
-    *fresh_optimizer.PATCHES,
+    *load_optimizer_state.PATCHES,
 )

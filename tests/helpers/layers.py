@@ -157,7 +157,7 @@ def reference_layer(
         outputs=[y.detach() for y in outputs],
         input_grads=[x.grad for x in inputs],
         grads={name: weight.grad for name, weight in sorted(weights.items())},
-        logged={n: float(sum(loss[n] for loss in losses) / len(losses)) for n in coeffs},
+        logged={n: float(sum(loss[n].detach() for loss in losses) / len(losses)) for n in coeffs},
     )
 
 

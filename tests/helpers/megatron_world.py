@@ -68,7 +68,7 @@ def moe_config(layout: Layout, **changes: Any) -> TransformerConfig:
         "expert_tensor_parallel_size": layout.etp,
         "sequence_parallel": layout.tp > 1,
         "params_dtype": torch.float32,
-        "pipeline_dtype": torch.float32 if layout.pp > 1 else None,
+        "pipeline_dtype": changes.get("params_dtype", torch.float32) if layout.pp > 1 else None,
         # Two stages are each other's next and previous: batched sends would be mixed up.
         "overlap_p2p_comm": layout.vpp is not None,
         "batch_p2p_comm": layout.vpp is None,

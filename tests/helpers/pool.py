@@ -89,7 +89,7 @@ class Pool:
         self._teams: dict[int, list[_Rank]] = {}
         self._template: subprocess.Popen | None = None
         self._ready = False
-        self._broken = ""
+        self._broken = False
         self._store: Any = None
 
     def warm_up(self) -> None:
@@ -210,7 +210,7 @@ class Pool:
         if self._ready:
             return
         if self._broken:  # it would fail again, after as long
-            raise RuntimeError(self._broken)
+            raise RuntimeError("the pool did not start: see the first test that needed it")
         self.warm_up()
         self._control.settimeout(_START_LIMIT_S)
         try:
@@ -220,8 +220,8 @@ class Pool:
         if answer != b"ready":
             log = (self._folder / "template.log").read_text(errors="replace")
             self.close()
-            self._broken = f"the pool's template process did not start:\n{log[-4000:]}"
-            raise RuntimeError(self._broken)
+            self._broken = True
+            raise RuntimeError(f"the pool's template process did not start:\n{log[-4000:]}")
         self._ready = True
 
     def _fork_team(self, world_size: int) -> list[_Rank]:

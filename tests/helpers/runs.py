@@ -62,7 +62,7 @@ class RankRecord:
     """What one rank can say of a run; ``merge`` makes one record of all."""
 
     losses: list[list[tuple[float, int]]]  # by step, by micro-batch: sum and token count
-    grads: list[Piece]  # of the first step, finalised, before clipping
+    grads: list[Piece]  # of the first step, finalised, unscaled, before clipping
     grad_norms: list[float]
     weights: list[Piece]  # after the last step
     logged: list[dict[str, float]]

@@ -1,11 +1,11 @@
 """Train a small GPT on this rank of a layout; the other half of `runs.py`, imports Megatron."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from helpers.canonical import bias_pieces, pieces_of
+from helpers.canonical import Piece, bias_pieces, pieces_of
 from helpers.megatron_world import VOCABULARY, build_gpt, enter_layout, moe_config
 from helpers.runs import Job, Means, RankRecord
 from megatron.core import parallel_state
@@ -13,6 +13,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from torch import Tensor
 
@@ -41,39 +42,72 @@ def global_batch(job: Job) -> list[tuple[Tensor, ...]]:
     return list(zip(*(part.split(job.micro_batch_size) for part in parts), strict=True))
 
 
+class Training:
+    """A model with its optimizer on this rank."""
+
+    def __init__(self, job: Job, means: Means) -> None:
+        self.job, self.means = job, means
+        self.places = enter_layout(means.layout)
+        self.config = moe_config(means.layout, **(job.model | means.model))
+        self.chunks = build_gpt(
+            self.config,
+            self.places,
+            impl=means.impl,
+            sequence_length=job.sequence_length,
+            empty_experts=job.empty_experts,
+        )
+        self.ddp = [_wrap(self.config, chunk, i, means) for i, chunk in enumerate(self.chunks)]
+        self.optimizer = _optimizer(self.ddp, means)
+        self.config.grad_scale_func = self.optimizer.scale_loss
+        self.config.finalize_model_grads_func = finalize_model_grads
+        if means.overlap:
+            syncs = [chunk.no_sync for chunk in self.ddp]
+            self.config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
+
+    def forward_backward(self) -> list[tuple[float, int]]:
+        """Give every parameter its gradient; return sum and count of each micro-batch's loss."""
+        return _forward_backward(self.config, self.job, self.ddp, self.optimizer)
+
+    def grads(self) -> list[Piece]:
+        """Return this rank's pieces of the finalised gradients, without the loss scale."""
+        if self.means.distributed_optimizer:
+            _complete_sharded_grads(self.ddp)
+        scale = float(self.optimizer.get_loss_scale())
+        return self._pieces(lambda parameter: parameter.main_grad / scale)
+
+    def weights(self) -> list[Piece]:
+        """Return this rank's pieces of the weights, and the routers' expert biases."""
+        return self._pieces(lambda parameter: parameter.data) + bias_pieces(self.ddp)
+
+    def update(self) -> float:
+        """Take an optimizer step; return the gradient norm before clipping."""
+        succeeded, norm, _ = self.optimizer.step()
+        assert succeeded
+        return float(norm)
+
+    def logged(self) -> dict[str, float]:
+        """Return the MoE losses of the step."""
+        dp_size = parallel_state.get_data_parallel_world_size()
+        micro_batches = self.job.num_sequences // self.job.micro_batch_size // dp_size
+        return logged_losses(self.config, micro_batches)
+
+    def _pieces(self, read: Callable[[Any], Tensor]) -> list[Piece]:
+        return pieces_of(self.ddp, self.places, read, gated=self.config.gated_linear_unit)
+
+
 def train_rank(job: Job, means: Means) -> RankRecord:
     """Run ``job`` by ``means`` on this rank of the team."""
-    places = enter_layout(means.layout)
-    config = moe_config(means.layout, **(job.model | means.model))
-    chunks = build_gpt(
-        config,
-        places,
-        impl=means.impl,
-        sequence_length=job.sequence_length,
-        empty_experts=job.empty_experts,
-    )
-    ddp = [_wrap(config, chunk, index, means) for index, chunk in enumerate(chunks)]
-    optimizer = _optimizer(ddp, means)
-    config.grad_scale_func = optimizer.scale_loss
-    config.finalize_model_grads_func = finalize_model_grads
-    if means.overlap:
-        syncs = [chunk.no_sync for chunk in ddp]
-        config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
-    gated = config.gated_linear_unit
+    training = Training(job, means)
     losses, norms, logged, grads = [], [], [], []
     for step in range(job.steps):
-        losses.append(_forward_backward(config, job, ddp, optimizer))
+        losses.append(training.forward_backward())
         if step == 0:
-            _complete_sharded_grads(ddp, means)
-            grads = pieces_of(ddp, places, lambda p: p.main_grad, gated=gated)
-        succeeded, norm, _ = optimizer.step()
-        assert succeeded
-        norms.append(float(norm))
-        dp_size = parallel_state.get_data_parallel_world_size()
-        num_micro_batches = job.num_sequences // job.micro_batch_size // dp_size
-        logged.append(logged_losses(config, num_micro_batches))
-    weights = pieces_of(ddp, places, lambda p: p.data, gated=gated) + bias_pieces(ddp)
-    return RankRecord(losses=losses, grads=grads, grad_norms=norms, weights=weights, logged=logged)
+            grads = training.grads()
+        norms.append(training.update())
+        logged.append(training.logged())
+    return RankRecord(
+        losses=losses, grads=grads, grad_norms=norms, weights=training.weights(), logged=logged
+    )
 
 
 def _wrap(config: Any, chunk: Any, index: int, means: Means) -> DistributedDataParallel:
@@ -83,10 +117,13 @@ def _wrap(config: Any, chunk: Any, index: int, means: Means) -> DistributedDataP
         use_distributed_optimizer=means.distributed_optimizer,
         bucket_size=1000 if means.overlap else None,  # elements: several buckets even here
     )
+    if config.bf16 or config.fp16:
+        chunk = Float16Module(config, chunk)
     return DistributedDataParallel(config, settings, chunk, disable_bucketing=index > 0)
 
 
 def _optimizer(ddp: list, means: Means) -> Any:
+    config = ddp[0].config
     return get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -95,6 +132,10 @@ def _optimizer(ddp: list, means: Means) -> Any:
             # Large, so that the step stays smooth in gradients that are zero but for rounding.
             adam_eps=1e-2,
             clip_grad=0.5,
+            bf16=config.bf16,
+            fp16=config.fp16,
+            params_dtype=config.params_dtype,
+            initial_loss_scale=2.0**10,  # the usual 2**32 would skip the first steps
             use_distributed_optimizer=means.distributed_optimizer,
         ),
         ddp,
@@ -134,10 +175,8 @@ def _forward_step(data: Iterator, model: Any) -> tuple[Tensor, Any]:
     return output, loss_of
 
 
-def _complete_sharded_grads(ddp: list, means: Means) -> None:
+def _complete_sharded_grads(ddp: list) -> None:
     """With a distributed optimizer a rank holds the sums of its shard only: gather the others."""
-    if not means.distributed_optimizer:
-        return
     for chunk in ddp:
         for buckets in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
             group = buckets.intra_distributed_optimizer_instance_group

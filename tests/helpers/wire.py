@@ -39,7 +39,8 @@ def address_of(function: Callable) -> FunctionAddress:
     qualname = getattr(function, "__qualname__", repr(function))
     if "<" in qualname or not hasattr(function, "__code__"):
         raise ValueError(f"{qualname} cannot be sent to a worker; use a top-level function")
-    return FunctionAddress(function.__module__, function.__code__.co_filename, qualname)
+    file, module = function.__code__.co_filename, function.__module__
+    return FunctionAddress(Path(file).stem if module == "__main__" else module, file, qualname)
 
 
 def find_function(address: FunctionAddress) -> Callable:

@@ -38,7 +38,7 @@ def enter_world(rank: int = 0, size: int = 1, port: int = 0) -> None:
         port: Where rank 0 listens; only for ``size`` > 1.
     """
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
-    store = dist.HashStore()
+    store: dist.Store = dist.HashStore()
     if size > 1:
         store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)

@@ -57,7 +57,7 @@ def parse(line: str) -> Record | None:
 
 @dataclass
 class History:
-    """What a run has said so far; the last word counts where it says something twice."""
+    """What a run with ``--log-interval 1`` has said so far, step by step."""
 
     losses: dict[int, float] = field(default_factory=dict)
     seconds: dict[int, float] = field(default_factory=dict)
@@ -69,13 +69,22 @@ class History:
         """Take in one more record."""
         match record:
             case Step():
-                self.losses[record.iteration] = record.loss
-                self.seconds[record.iteration] = record.seconds
+                self._add_step(record)
             case Validation():
                 self.validations[record.iteration] = record.loss
             case Load():
                 self.first_load.setdefault(record.layer, record.counts)
                 self.last_load[record.layer] = record.counts
+
+    def _add_step(self, step: Step) -> None:
+        loss, seconds = step.loss, step.seconds
+        if len(self.losses) == 1:
+            # Megatron does not start its sums anew after a run's first line, so that the second
+            # line says the mean of two steps (and the time of both).
+            (before,), (took,) = self.losses.values(), self.seconds.values()
+            loss, seconds = 2 * loss - before, max(seconds - took, 0.0)
+        self.losses[step.iteration] = loss
+        self.seconds[step.iteration] = seconds
 
     def seconds_per_step(self) -> float:
         """The median step, so that a start-up, a validation or a busy moment does not count."""

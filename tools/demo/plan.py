@@ -148,9 +148,7 @@ def expert_options(plan: Plan) -> list[str]:
         moe_router_load_balancing_type="aux_loss",
         moe_aux_loss_coeff=0.01,
         moe_token_dispatcher_type="alltoall",
-        use_distributed_optimizer=True,
         ckpt_format="torch_dist",
-        dist_ckpt_optim_fully_reshardable=True,
     )
 
 
@@ -160,11 +158,16 @@ def first_layout(plan: Plan, checkpoints: str) -> list[str]:
 
 
 def second_layout(plan: Plan, checkpoints: str) -> list[str]:
-    """Two processes share each matrix and each sequence (TP=2 with SP); no expert parallelism."""
+    """Two processes share attention and each sequence (TP=2 with SP); both own all experts (EP=1).
+
+    Experts stay whole (ETP=1): Megatron keeps the optimizer's state of experts apart from the rest
+    where EP or ETP differ from TP, and does not load the one form into the other.
+    """
     return _options(
         tensor_model_parallel_size=2,
         sequence_parallel=True,
         expert_model_parallel_size=1,
+        expert_tensor_parallel_size=1,
         load=checkpoints,
         ckpt_step=plan.iterations,
     )

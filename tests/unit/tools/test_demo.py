@@ -44,11 +44,17 @@ def test_lines_of_megatron_are_read():
 
 def test_history_keeps_the_first_and_the_last_load():
     history = History()
-    for record in (Load(1, (5, 1)), Load(1, (3, 3)), Step(1, 3, 9.0, 4.0), Step(2, 3, 8.0, 1.0)):
+    for record in (Load(1, (5, 1)), Load(1, (4, 2)), Load(1, (3, 3))):
         history.add(record)
-    history.add(Step(3, 3, 7.0, 2.0))
     assert (history.first_load, history.last_load) == ({1: (5, 1)}, {1: (3, 3)})
-    assert history.losses == {1: 9.0, 2: 8.0, 3: 7.0}
+
+
+def test_second_line_of_a_run_is_undone_from_its_mean():
+    history = History()
+    for step in (Step(9, 12, 9.0, 4.0), Step(10, 12, 8.5, 5.0), Step(11, 12, 7.0, 2.0)):
+        history.add(step)
+    assert history.losses == {9: 9.0, 10: 8.0, 11: 7.0}
+    assert history.seconds == {9: 4.0, 10: 1.0, 11: 2.0}
     assert history.seconds_per_step() == 2.0
 
 
