@@ -4,7 +4,9 @@ from megatron_moe.mcore.patching import Patch
 from megatron_moe.patches.megatron import (
     bucket_padding,
     compile_helpers,
+    fresh_optimizer,
     load_optimizer_state,
+    norm_without_engine,
     seam,
     synchronous_save,
 )
@@ -15,4 +17,6 @@ ALL: tuple[Patch, ...] = (
     *synchronous_save.PATCHES,
     *bucket_padding.PATCHES,
     *load_optimizer_state.PATCHES,
+    *norm_without_engine.PATCHES,
+    *fresh_optimizer.PATCHES,
 )

@@ -12,7 +12,10 @@ import torch
 from helpers.layers import LayerJob, merge_layer, random_batches, reference_layer, run_layer
 from helpers.layout import Layout
 from helpers.reference_moe import ReferenceRouter
+from helpers.strategies import layouts, uneven_lengths
 from helpers.tolerances import assert_same
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 GATHER = {"moe_token_dispatcher_type": "allgather"}
 GROUPED = {"moe_grouped_gemm": True}
@@ -112,8 +115,35 @@ def job_of(case: Case) -> LayerJob:
     return LayerJob(model=model, padding=padding, empty_experts=case.empty_experts, **batches)
 
 
+@st.composite
+def drawn_cases(draw: st.DrawFn) -> Case:
+    """Any layout of 4 ranks without pipeline, any lengths, any choice among the common options."""
+    layout = draw(layouts(4).filter(lambda layout: layout.pp == 1))
+    sharing = layout.tp * layout.cp
+    topk = draw(st.integers(1, 4))
+    options, router = routed(
+        topk=topk,
+        pre_softmax=topk == 1 or draw(st.booleans()),
+        score_function=draw(st.sampled_from(["softmax", "sigmoid", "sqrtsoftplus"])),
+    )
+    means = draw(st.sampled_from([{}, GATHER])) | draw(st.sampled_from([{}, GROUPED]))
+    lengths = draw(uneven_lengths(4 // sharing, multiple=sharing))
+    empty = draw(st.sampled_from([(), (0,), (2, 3)])) if topk <= 2 else ()
+    return Case("drawn", 4, layout, lengths, options | means, router, empty_experts=empty)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_layer_equals_the_loop(pool, case):
+    check(pool, case)
+
+
+@settings(max_examples=25, derandomize=True)
+@given(case=drawn_cases())
+def test_drawn_layers_equal_the_loop(pool, case):
+    check(pool, case)
+
+
+def check(pool, case: Case) -> None:
     job = job_of(case)
     found = merge_layer(pool.run(run_layer, job, case.layout, world_size=case.world_size))
     expected = reference_layer(job, case.router, COEFFS)

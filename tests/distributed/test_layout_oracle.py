@@ -156,8 +156,8 @@ AWKWARD = [
     ],
 ]
 
-# Rounding to half precision differs between layouts, and with it every sum; what must agree is the
-# size of everything: 2e-2, absolute 2e-3. Tensor parallelism rounds partial sums, so it is left out.
+# Rounding to half precision differs between layouts, and with it every sum: the fp32 limits become
+# 2e-2, absolute 2e-3. Tensor parallelism rounds partial sums as well, so it is left out.
 HALF_SCALE = 1000.0
 HALF = [
     *awkward("bf16", options(bf16=True, params_dtype=torch.bfloat16), EP2, EP4, PP2_EP2),

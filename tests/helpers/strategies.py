@@ -78,14 +78,18 @@ def routings(
     return RoutingCase(indices, probs, experts, kept)
 
 
-@st.composite
-def batches(
-    draw: st.DrawFn, world_size: int, *, hidden_size: int = 3, max_tokens: int = 6
-) -> list[Tensor]:
-    """Draw one fp64 batch ``(T_r, D)`` for each rank: uneven, and sometimes one without tokens."""
-    sizes = draw(st.lists(st.integers(0, max_tokens), min_size=world_size, max_size=world_size))
-    generator = _generator(draw(SEEDS))
-    return [torch.randn(n, hidden_size, generator=generator, dtype=torch.float64) for n in sizes]
+def uneven_lengths(
+    count: int, *, multiple: int = 1, max_parts: int = 2
+) -> st.SearchStrategy[tuple[int, ...]]:
+    """Draw a sequence length for each of ``count`` ranks: uneven, and sometimes 0.
+
+    Args:
+        count: Data-parallel ranks.
+        multiple: What each length is a multiple of (the ranks that share a sequence).
+        max_parts: Largest length, in multiples.
+    """
+    one = st.integers(0, max_parts).map(lambda parts: parts * multiple)
+    return st.lists(one, min_size=count, max_size=count).map(tuple)
 
 
 def layouts(world_size: int, num_experts: int = 4) -> st.SearchStrategy[Layout]:

@@ -20,11 +20,11 @@ from megatron_moe.tools.bench.sides import Sides
 # Methods of a process group, through which every collective goes, however it was imported: what
 # each is called, and the place of its input among the arguments.
 COLLECTIVES = {
-    "alltoall_base": ("all-to-all", 1),
+    "all_to_all_single": ("all-to-all", 1),
     "alltoall": ("all-to-all", 1),
     "allgather": ("all-gather", 1),
-    "_allgather_base": ("all-gather", 1),
-    "_reduce_scatter_base": ("reduce-scatter", 1),
+    "all_gather_single": ("all-gather", 1),
+    "reduce_scatter_single": ("reduce-scatter", 1),
     "reduce_scatter": ("reduce-scatter", 1),
     "allreduce": ("all-reduce", 0),
     "broadcast": ("broadcast", 0),

@@ -54,7 +54,7 @@ def command(quick: bool, folder: Path) -> None:
         shown = script.relative_to(here) if script.is_relative_to(here) else script
         Demo(plan.QUICK if quick else plan.FULL, folder, shown, console).tell()
     except ChildError as failure:
-        console.print(str(failure), markup=False)
+        console.print(str(failure), markup=False, soft_wrap=True)
         raise click.ClickException("the demo stopped; see the lines above") from failure
     except KeyboardInterrupt:
         console.print(f"\nstopped; logs are in {folder}")
@@ -163,7 +163,7 @@ class Demo:
         self.console.print(f"[dim]$ megatron-moe {shlex.join(words)}[/dim]", soft_wrap=True)
 
     def _echo(self, line: str) -> None:
-        self.console.print(f"  {line.rstrip()}", markup=False)
+        self.console.print(f"  {line.rstrip()}", markup=False, soft_wrap=True)
 
 
 def _program() -> list[str]:

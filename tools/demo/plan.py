@@ -179,5 +179,5 @@ def _options(**values: str | int | float | bool) -> list[str]:
     for name, value in values.items():
         words.append(f"--{name.replace('_', '-')}")
         if value is not True:
-            words.append(str(value))
+            words.append(f"{value:g}" if isinstance(value, float) else str(value))
     return words
