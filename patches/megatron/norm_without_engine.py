@@ -29,6 +29,6 @@ PATCHES = (
         reason="HybridStack builds its last norm from it by name, whatever the stack's spec says",
         retire_when="the final norm of HybridStack is part of its spec",
         versions=">=0.19,<0.20",
-        fingerprints=("",),
+        fingerprints=("3ca427d35215",),
     ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
@@ -88,7 +88,11 @@ def measure_traffic(sides: Sides, rounds: int, clock: Clock) -> dict[str, dict[s
     for name in phases:
         with counted() as traffic:
             sides.step(name)()
-        out[name] = asdict(traffic) | {"exchange": phases[name]["exchange"]}
+        out[name] = {
+            "calls": dict(traffic.calls),
+            "bytes": dict(traffic.bytes),
+            "exchange": phases[name]["exchange"],
+        }
     return out
 
 
