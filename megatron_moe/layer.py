@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_moe import config as options
-from megatron_moe.dispatch.dispatcher import DISPATCHERS
+from megatron_moe.dispatch.dispatcher import DISPATCHERS, Dispatcher
 from megatron_moe.parallel.groups import ExpertGroups
 
 
@@ -40,7 +40,7 @@ class MoELayer(MegatronMoELayer):
         groups.bring_up()
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
         self.groups = groups
-        self.token_dispatcher = DISPATCHERS[config.moe_token_dispatcher_type](
+        self.token_dispatcher: Dispatcher = DISPATCHERS[config.moe_token_dispatcher_type](
             config.num_moe_experts, groups
         )
 

@@ -82,4 +82,8 @@ class AllGatherDispatcher:
         return restore_gathered(unpermute(y_RD, plan.order), plan, self.groups)
 
 
-DISPATCHERS = {"alltoall": AllToAllDispatcher, "allgather": AllGatherDispatcher}
+Dispatcher = AllToAllDispatcher | AllGatherDispatcher
+DISPATCHERS: dict[str, type[AllToAllDispatcher] | type[AllGatherDispatcher]] = {
+    "alltoall": AllToAllDispatcher,
+    "allgather": AllGatherDispatcher,
+}

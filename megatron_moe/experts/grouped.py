@@ -57,7 +57,7 @@ class StackedLinear(torch.nn.Module):
             sharded = shard_dim == 0 or name == "weight"
             dim = 1 + shard_dim if sharded else -1
             set_tensor_model_parallel_attributes(parameter, sharded, dim, stride)
-            parameter.allreduce = ordinary
+            parameter.allreduce = ordinary  # type: ignore[attr-defined]  # Megatron's mark
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         for name, parameter in self.named_parameters():
@@ -74,7 +74,7 @@ class StackedLinear(torch.nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        expected = set()
+        expected: set[str] = set()
         for name, parameter in self.named_parameters():
             targets = {f"{prefix}{name}{i}": one for i, one in enumerate(parameter.data.unbind(0))}
             if f"{prefix}{name}" in state_dict:  # a distributed checkpoint: stacked already

@@ -47,7 +47,9 @@ class ExpertGroups:
             "tp_cp": "tp_cp",
             "tp_dp_cp": "tp_dp_cp",
         }
-        found = {ours: getattr(pg_collection, theirs, None) for ours, theirs in names.items()}
+        found: dict[str, Any] = {
+            ours: getattr(pg_collection, theirs, None) for ours, theirs in names.items()
+        }
         missing = [names[k] for k, group in found.items() if group is None and k != "edp"]
         if missing:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What must hold for a token's way whatever the routing: adjointness, conservation, equivariance."""
+"""What holds for a token's way whatever the routing: adjointness, conservation, equivariance."""
 
 import torch
 from helpers.alone import alone

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,9 @@ from megatron_moe.dispatch.exchange import exchange
 from megatron_moe.dispatch.permute import permute, permute_probs, unpermute
 from megatron_moe.dispatch.plan import plan_dispatch
 from megatron_moe.tools.bench.clock import Clock
-from megatron_moe.tools.bench.sides import Sides
+
+if TYPE_CHECKING:
+    from megatron_moe.tools.bench.sides import Sides
 
 PHASES = ("route", "permute", "exchange", "experts", "combine")
 Values = dict[str, Any]

@@ -85,6 +85,22 @@ def _run_team(ranks: list[Any]) -> None:
             raise RuntimeError("a rank failed; its error stands above")
 
 
+def refuse_if_different(
+    differences: dict[str, float], shape: str, dtype: str, tolerance: float
+) -> None:
+    """Check that all sides compute the same.
+
+    Raises:
+        ValueError: One differs from upstream by more than ``tolerance``, or is not a number.
+    """
+    for side, worst in differences.items():
+        if not worst <= tolerance:
+            raise ValueError(
+                f"{shape} {dtype}: outputs or gradients of '{side}' differ from upstream's by "
+                f"{worst:.1e} of their largest value, more than {tolerance:.0e}; not timed"
+            )
+
+
 def measure(job: Job, results_file: Path) -> None:
     """Measure the cases of a job, one after another.
 
@@ -118,12 +134,7 @@ def _case(job: Job, name: str, dtype: str) -> dict[str, Any]:
     differences = {
         side: all_agree(value) for side, value in bench_sides.largest_differences(sides).items()
     }
-    worst = max(differences.values())
-    if not worst <= bench_sides.TOLERANCE[dtype]:
-        raise ValueError(
-            f"{name} {dtype}: outputs or gradients differ from upstream's by {worst:.1e} of their "
-            f"largest value, more than {bench_sides.TOLERANCE[dtype]:.0e}; not timed"
-        )
+    refuse_if_different(differences, name, dtype, bench_sides.TOLERANCE[dtype])
     if job.world_size > 1:
         traffic = measure_traffic(sides, job.phase_rounds, clock)
         return {"differences": differences, "traffic": traffic}

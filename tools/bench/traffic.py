@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from megatron_moe.tools.bench.clock import Clock
 from megatron_moe.tools.bench.phases import time_phases
-from megatron_moe.tools.bench.sides import Sides
+
+if TYPE_CHECKING:
+    from megatron_moe.tools.bench.sides import Sides
 
 # Methods of a process group, through which every collective goes, however it was imported: what
 # each is called, and the place of its input among the arguments.
