@@ -6,6 +6,7 @@ Started by ``megatron-moe run``, or by hand under torchrun or Slurm::
 """
 
 import argparse
+import logging
 import os
 import runpy
 import sys
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise _refused(fault, first) from None
     if first:
         _say(options.device, device, options.args)
+        _speak()
     # As `python SCRIPT` does: the script's own checkout of Megatron goes before the installed one.
     sys.path[0] = str(options.script.resolve().parent)
     try:
@@ -97,6 +99,16 @@ def _say(asked: str, device: Device, argv: Sequence[str]) -> None:
     if device == "cpu":
         flags = " ".join(flag.typed for flag in flags_to_set(argv))
         print(f"megatron-moe: set for the CPU: {flags}", file=sys.stderr, flush=True)
+
+
+def _speak() -> None:
+    """Show what the package logs, such as the form of the expert GEMM, whatever Megatron shows."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("megatron-moe: %(message)s"))
+    package = logging.getLogger("megatron_moe")
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    package.propagate = False
 
 
 if __name__ == "__main__":

@@ -106,25 +106,29 @@ def _pack(x_ND: Tensor, probs_N: Tensor, order_N: Tensor | None) -> Tensor:
     """
     if probs_N.element_size() < x_ND.element_size():
         probs_N = probs_N.to(x_ND.dtype)  # exact: to a wider dtype
-    bits = probs_N.contiguous().unsqueeze(1).view(x_ND.dtype)
     if order_N is None:
-        return torch.cat([x_ND, bits], dim=1)
+        return torch.cat([x_ND, _bits(probs_N, x_ND.dtype)], dim=1)
     width = x_ND.shape[1]
+    bits = _bits(_scattered(probs_N, order_N), x_ND.dtype)
     rows = x_ND.new_empty(x_ND.shape[0], width + bits.shape[1])
     rows[:, :width].index_copy_(0, order_N, x_ND)
-    rows[:, width:].index_copy_(0, order_N, bits)
+    rows[:, width:] = bits
     return rows
+
+
+def _bits(probs_N: Tensor, dtype: torch.dtype) -> Tensor:
+    return probs_N.contiguous().unsqueeze(1).view(dtype)
 
 
 def _unpack(
     rows: Tensor, width: int, dtype: torch.dtype, order_N: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The adjoint of :func:`_pack`: row r comes from ``order_N[r]``."""
-    x_ND, bits = rows[:, :width], rows[:, width:]
-    if order_N is None:
-        x_ND, bits = x_ND.contiguous(), bits.contiguous()
-    else:
-        x_ND, bits = x_ND.index_select(0, order_N), bits.index_select(0, order_N)
+    x_ND, bits = rows[:, :width], rows[:, width:].contiguous()
     if bits.element_size() * bits.shape[1] == dtype.itemsize:
-        return x_ND, bits.view(dtype).squeeze(1)
-    return x_ND, bits.squeeze(1).to(dtype)
+        probs_N = bits.view(dtype).squeeze(1)
+    else:
+        probs_N = bits.squeeze(1).to(dtype)
+    if order_N is None:
+        return x_ND.contiguous(), probs_N
+    return x_ND.index_select(0, order_N), probs_N.index_select(0, order_N)

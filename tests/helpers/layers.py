@@ -155,10 +155,14 @@ def reference_layer(
     total.backward()
     return LayerResult(
         outputs=[y.detach() for y in outputs],
-        input_grads=[x.grad for x in inputs],
-        grads={name: weight.grad for name, weight in sorted(weights.items())},
+        input_grads=[_grad_of(x) for x in inputs],
+        grads={name: _grad_of(weight) for name, weight in sorted(weights.items())},
         logged={n: float(sum(loss[n].detach() for loss in losses) / len(losses)) for n in coeffs},
     )
+
+
+def _grad_of(x: Tensor) -> Tensor:
+    return torch.zeros_like(x) if x.grad is None else x.grad  # None where no token came by
 
 
 def _reference_weights(job: LayerJob, num_experts: int) -> dict[str, Tensor]:

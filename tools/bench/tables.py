@@ -104,7 +104,7 @@ def traffic_table(cases: Iterable[Case]) -> Table:
                 f"{case['shape']} {case['dtype']}" if side == "upstream" else "",
                 side,
                 str(traffic["calls"]["all-to-all"]),
-                f"{traffic['bytes']['all_to_all_single'] / 1e6:.1f}",
+                f"{traffic['bytes']['all-to-all'] / 1e6:.1f}",
                 ", ".join(f"{n} {k}" for k, n in others.items()) or "none",
                 _ms(traffic["exchange"]),
             )

@@ -148,7 +148,9 @@ def expert_options(plan: Plan) -> list[str]:
         moe_router_load_balancing_type="aux_loss",
         moe_aux_loss_coeff=0.01,
         moe_token_dispatcher_type="alltoall",
+        use_distributed_optimizer=True,
         ckpt_format="torch_dist",
+        dist_ckpt_optim_fully_reshardable=True,
     )
 
 

@@ -196,7 +196,7 @@ def test_unknown_shape_is_named_with_the_known_ones():
 @pytest.mark.slow
 def test_one_shape_from_end_to_end(tmp_path):
     out = tmp_path / "out.json"
-    arguments = "--quick --shapes mixtral/16 --dtypes bf16 --rounds 1 --json".split()
+    arguments = ["--quick", "--shapes", "mixtral/16", "--dtypes", "bf16", "--rounds", "1", "--json"]
     result = CliRunner().invoke(layer.main, [*arguments, str(out)])
     assert result.exit_code == 0, result.output
     found = json.loads(out.read_text())
