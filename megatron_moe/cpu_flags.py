@@ -58,6 +58,7 @@ _NCCL = "it belongs to NCCL"
 _ENGINE = "it needs Transformer Engine's kernels"
 _FSDP = "Megatron's FSDP allocates through CUDA; use --use-distributed-optimizer"
 _DEEPEP = "DeepEP, HybridEP and NCCL-EP are GPU libraries; use alltoall or allgather"
+_ASYNC = "its writer is a process of its own, which looks for a GPU; leave it out"
 _OFFLOAD = "there is no GPU memory to relieve"
 
 REFUSED_FLAGS: dict[str, str] = {
@@ -91,6 +92,8 @@ REFUSED_FLAGS: dict[str, str] = {
     "--optimizer-cpu-offload": _OFFLOAD,
     "--fine-grained-activation-offloading": _OFFLOAD,
     "--cpu-offloading-num-layers": _OFFLOAD,
+    "--async-save": _ASYNC,
+    "--use-persistent-ckpt-worker": _ASYNC,
     "--gpu-sniff-test-interval": "it measures GPUs",
 }
 

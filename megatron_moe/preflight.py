@@ -90,11 +90,11 @@ def read_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
     for flag in _NUMBERS:
         parser.add_argument(flag, type=int)
-    for flag in ("--tokenizer-type", "--tokenizer-model", *_FILES):
+    for flag in ("--tokenizer-type", "--tokenizer-model", "--moe-layer-impl", *_FILES):
         parser.add_argument(flag)
     for flag in _DATA:
         parser.add_argument(flag, nargs="*", default=[])
-    for flag in ("--sequence-parallel", "--use-checkpoint-args"):
+    for flag in ("--sequence-parallel", "--use-checkpoint-args", "--use-cpu-initialization"):
         parser.add_argument(flag, action="store_true")
     try:
         return parser.parse_known_args(list(argv))[0]
@@ -141,6 +141,11 @@ def check_experts(flags: argparse.Namespace) -> None:
         raise ValueError(
             f"--num-experts {experts} with --tensor-model-parallel-size {layout.tp} needs "
             "--sequence-parallel, else each rank of the group would route the same tokens"
+        )
+    if layout.ep > 1 and flags.use_cpu_initialization and flags.moe_layer_impl == "megatron":
+        raise ValueError(
+            "--use-cpu-initialization gives each expert-parallel rank the same experts in "
+            "Megatron's layer; leave it out, or leave out --moe-layer-impl megatron"
         )
 
 

@@ -10,7 +10,8 @@ import logging
 import os
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -41,11 +42,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise _refused(fault, first) from None
     if first:
         _say(options.device, device, options.args)
-        _speak()
     # As `python SCRIPT` does: the script's own checkout of Megatron goes before the installed one.
     sys.path[0] = str(options.script.resolve().parent)
     try:
-        with activate(device):
+        with _speaking(first), activate(device):
             sys.argv = [str(options.script), *options.args]
             runpy.run_path(str(options.script), run_name="__main__")
     except (MoEConfigError, PatchError) as fault:
@@ -101,14 +101,21 @@ def _say(asked: str, device: Device, argv: Sequence[str]) -> None:
         print(f"megatron-moe: set for the CPU: {flags}", file=sys.stderr, flush=True)
 
 
-def _speak() -> None:
+@contextmanager
+def _speaking(first: bool) -> Iterator[None]:
     """Show what the package logs, such as the form of the expert GEMM, whatever Megatron shows."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("megatron-moe: %(message)s"))
     package = logging.getLogger("megatron_moe")
+    handler = logging.StreamHandler() if first else logging.NullHandler()
+    handler.setFormatter(logging.Formatter("megatron-moe: %(message)s"))
+    kept = package.level, package.propagate
     package.addHandler(handler)
     package.setLevel(logging.INFO)
     package.propagate = False
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        package.level, package.propagate = kept
 
 
 if __name__ == "__main__":

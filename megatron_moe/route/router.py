@@ -70,6 +70,9 @@ class TopKRouter(Router):
     def gating(self, input: Tensor) -> Tensor:
         """Logits ``(S, B, E)`` in the router's dtype."""
         dtype = torch.promote_types(_ROUTER_DTYPES[self.config.moe_router_dtype], input.dtype)
+        if input.numel() == 0:  # Megatron's function cannot shape the result of no tokens
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return torch.nn.functional.linear(input.to(dtype), self.weight.to(dtype), bias)
         return router_gating_linear(input, self.weight, self.bias, dtype)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> Routing:
