@@ -69,12 +69,12 @@ def command(
     instance. With --num-experts among its ARGS, its MoE layers become ours.
     """
     try:
+        check_run(script, args)  # before torch is imported to look for a GPU
         found = resolve_device(device)
         layout = layout_of(read_flags(args))
         nodes = _nodes(torchrun["nnodes"])
         number = nproc_per_node or _default_processes(found, layout, nodes)
-        if nodes is not None:
-            check_run(script, args, found, nodes * number)
+        check_run(script, args, found, None if nodes is None else nodes * number)
     except ValueError as fault:
         click.echo(f"megatron-moe: {fault}", err=True)
         raise SystemExit(USER_FAULT) from None

@@ -58,14 +58,16 @@ class Layout:
         return f"TP {self.tp}, PP {self.pp}, CP {self.cp}, EP {self.ep}, ETP {self.etp}"
 
 
-def check_run(script: Path, argv: Sequence[str], device: str, world_size: int) -> None:
+def check_run(
+    script: Path, argv: Sequence[str], device: str | None = None, world_size: int | None = None
+) -> None:
     """Refuse a run that cannot work.
 
     Args:
         script: The training script.
         argv: Its arguments.
-        device: ``cpu`` or ``cuda``.
-        world_size: Processes of the whole job.
+        device: ``cpu`` or ``cuda``; None while it is not known.
+        world_size: Processes of the whole job; None while it is not known.
 
     Raises:
         ValueError: The first fault found, in one sentence with the way out.
@@ -77,7 +79,8 @@ def check_run(script: Path, argv: Sequence[str], device: str, world_size: int) -
         check_cpu_flags(argv)
     flags = read_flags(argv)
     check_experts(flags)
-    check_layout(flags, world_size)
+    if world_size is not None:
+        check_layout(flags, world_size)
     check_files(flags)
 
 

@@ -35,8 +35,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(argv)
     first = os.environ.get("RANK", "0") == "0"
     try:
+        world_size = _world_size()
+        check_run(options.script, options.args)
         device = resolve_device(options.device)
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
         check_run(options.script, options.args, device, world_size)
     except ValueError as fault:
         raise _refused(fault, first) from None
@@ -75,6 +76,22 @@ def _refused(fault: Exception, first: bool) -> SystemExit:
         for line in str(fault).splitlines():
             print(f"megatron-moe: {line}", file=sys.stderr)
     return SystemExit(USER_FAULT)
+
+
+def _world_size() -> int:
+    """Return the number of processes that the launcher announced.
+
+    Raises:
+        ValueError: Slurm started several processes, and none of them was told of the others.
+    """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1 and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            f"srun started {tasks} tasks without RANK and WORLD_SIZE, so that each would train "
+            "alone; start one `megatron-moe run` a node, or export RANK, LOCAL_RANK, WORLD_SIZE, "
+            "MASTER_ADDR and MASTER_PORT from Slurm's variables"
+        )
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,6 +1,7 @@
 """The declared patches fit the installed Megatron and torch, behave, and come out again exactly."""
 
 import json
+import os
 import subprocess
 import sys
 from argparse import ArgumentParser
@@ -8,14 +9,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
+
+from megatron_moe.mcore.patching import Patch
+from megatron_moe.patches import listing
 
 FIT_AND_UNDO = """
+import importlib.util
 import json
+import os
 import torch
 from megatron_moe.activate import activate
 from megatron_moe.mcore.patching import PatchError, _places, check
 from megatron_moe.patches import cpu, listing, megatron
 
+with activate("cpu"):  # beside an engine that ends the process when it is imported
+    hidden = importlib.util.find_spec("transformer_engine") is None
+    during = dict(os.environ)
+found_again = importlib.util.find_spec("transformer_engine") is not None
 rows = listing.rows()
 places = [place for patch in (*cpu.ALL, *megatron.ALL) for place in _places(patch)]
 early = next(p for p in cpu.ALL if p.target == "torch.cuda.current_device")
@@ -34,6 +45,8 @@ left = {
     and not (place.name not in vars(place.owner) and place.raw not in vars(place.owner).values())
 }
 print(json.dumps({
+    "hidden": [hidden, found_again],
+    "environment": [during["CUDA_VISIBLE_DEVICES"], os.environ.get("CUDA_VISIBLE_DEVICES")],
     "misfits": {row.patch.target: row.misfit for row in rows if row.misfit},
     "untouched": sum(inside),
     "second": second,
@@ -46,9 +59,13 @@ print(json.dumps({
 
 
 @pytest.fixture(scope="module")
-def report():
+def report(tmp_path_factory):
     """One fresh process: nothing may be in force when it starts."""
-    run = subprocess.run([sys.executable, "-c", FIT_AND_UNDO], capture_output=True, text=True)
+    folder = tmp_path_factory.mktemp("packages")
+    (folder / "transformer_engine.py").write_text("raise SystemExit('imported')\n")
+    env = os.environ | {"PYTHONPATH": str(folder), "CUDA_VISIBLE_DEVICES": "0"}
+    command = [sys.executable, "-c", FIT_AND_UNDO]
+    run = subprocess.run(command, capture_output=True, text=True, env=env)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
 
@@ -68,9 +85,31 @@ def test_second_activation_is_refused(report):
     assert report["second"].endswith("already replaced; close the first activation")
 
 
+def test_transformer_engine_is_hidden_meanwhile(report):
+    assert report["hidden"] == [True, True]
+    assert report["environment"] == ["", "0"]
+
+
 def test_readme_has_the_table_of_today(report):
     readme = Path(__file__).parents[2] / "patches" / "README.md"
     assert report["readme"] in readme.read_text(), "run `megatron-moe patches --write`"
+
+
+@pytest.mark.parametrize(("misfit", "code"), [(None, 0), ("source is 0, declared 1", 1)])
+def test_listing_exits_with_1_when_a_patch_does_not_fit(monkeypatch, misfit, code):
+    patch = Patch(
+        target="torch.f",
+        reason="no slot",
+        retire_when="there is one",
+        versions=">=2",
+        distribution="torch",
+        value=1,
+    )
+    monkeypatch.setattr(listing, "rows", lambda: [listing.Row(patch, "always", misfit)])
+    done = CliRunner(env={"COLUMNS": "160"}).invoke(listing.command)
+    assert done.exit_code == code
+    assert "torch.f" in done.output
+    assert (misfit or "yes") in done.output
 
 
 def cpu_tensors(world):

@@ -8,40 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import training_run
-from helpers.megatron_world import build_gpt, enter_layout, moe_config
 from helpers.runs import Job, Means
+from helpers.training_run import Training
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 
 
-class Training:
-    """A model with its optimizer on this rank, and steps of it."""
-
-    def __init__(self, job: Job, means: Means) -> None:
-        self.job = job
-        places = enter_layout(means.layout)
-        self.config = moe_config(means.layout, **(job.model | means.model))
-        self.chunks = build_gpt(
-            self.config, places, impl=means.impl, sequence_length=job.sequence_length
-        )
-        self.ddp = [
-            training_run._wrap(self.config, chunk, i, means) for i, chunk in enumerate(self.chunks)
-        ]
-        self.optimizer = training_run._optimizer(self.ddp, means)
-        self.config.grad_scale_func = self.optimizer.scale_loss
-        self.config.finalize_model_grads_func = finalize_model_grads
+class Resumable(Training):
+    """A training run that can be saved and loaded."""
 
     def steps(self, count: int) -> list[list[tuple[float, int]]]:
         """Train; return each step's losses as :class:`RankRecord` has them."""
         losses = []
         for _ in range(count):
-            losses.append(
-                training_run._forward_backward(self.config, self.job, self.ddp, self.optimizer)
-            )
-            succeeded, _, _ = self.optimizer.step()
-            assert succeeded
+            losses.append(self.forward_backward())
+            self.update()
         return losses
 
     def save(self, folder: Path, form: str) -> None:
@@ -108,7 +89,7 @@ def _metadata() -> dict[str, Any]:
 
 def save_and_go_on(world: Any, job: Job, means: Means, folder: str, form: str, more: int) -> list:
     """Train two steps, save, train ``more``; return the later losses."""
-    training = Training(job, means)
+    training = Resumable(job, means)
     training.steps(2)
     training.save(Path(folder), form)
     return training.steps(more)
@@ -118,6 +99,6 @@ def resume(
     world: Any, job: Job, means: Means, folder: str, form: str, more: int, optimizer: bool
 ) -> list:
     """Load and train ``more`` steps; return their losses."""
-    training = Training(job, means)
+    training = Resumable(job, means)
     training.load(Path(folder), form, optimizer=optimizer)
     return training.steps(more)

@@ -90,6 +90,22 @@ def test_bad_input_is_one_sentence(script, options, arguments, sentence):
     assert time.monotonic() - start < 15
 
 
+def test_faults_are_found_before_torch_looks_for_a_gpu(script):
+    code = (
+        "import sys\n"
+        "from megatron_moe.cli import main\n"
+        "try:\n"
+        f"    main(['run', {str(script)!r}, '--num-experts', '2', '--moe-router-topk', '3'])\n"
+        "except SystemExit as ended:\n"
+        "    print(ended.code, 'torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "2 False\n"
+    assert done.stderr == (
+        "megatron-moe: --moe-router-topk 3 must be between 1 and --num-experts 2\n"
+    )
+
+
 def test_megatron_out_of_range_is_one_sentence(script):
     core = script.parent / "megatron" / "core"
     core.mkdir(parents=True)
@@ -113,6 +129,18 @@ def test_the_worker_finds_the_same_faults_under_another_launcher(script):
         said[rank] = done.stderr
         assert done.returncode == 2
     assert said == {"0": BAD["experts"][2] + "\n", "1": ""}
+
+
+def test_tasks_of_slurm_that_know_nothing_of_each_other(script, monkeypatch, capsys):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    with pytest.raises(SystemExit) as ended:
+        worker.main(["--device", "cpu", str(script)])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(
+        "megatron-moe: srun started 8 tasks without RANK and WORLD_SIZE, so that each would train "
+        "alone; start one `megatron-moe run` a node, or export RANK, "
+    )
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["run", "--help"], ["patches", "--help"]])
@@ -221,7 +249,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("ending", ["succeed", "fail"])
+@pytest.mark.parametrize("ending", [pytest.param("succeed", marks=pytest.mark.slow), "fail"])
 def test_two_processes_through_the_elastic_launcher(script, ending):
     script.write_text(TWO_RANKS)
     words = [script, "--expert-model-parallel-size", "2", "--num-experts", "4", ending]

@@ -67,6 +67,12 @@ REFUSED = {
         "4 processes do not fit TP 2, PP 2, CP 1, EP 2, ETP 2: their number must be a multiple "
         "of 8 (ETP defaults to TP; --expert-tensor-parallel-size 1 makes it 4)",
     ),
+    "equal experts": (
+        f"{MOE} --expert-model-parallel-size 2 --use-cpu-initialization --moe-layer-impl megatron",
+        2,
+        "--use-cpu-initialization gives each expert-parallel rank the same experts in Megatron's "
+        "layer; leave it out, or leave out --moe-layer-impl megatron",
+    ),
     "size of an axis": (
         "--tensor-model-parallel-size -1",
         1,
@@ -112,6 +118,19 @@ REFUSED = {
         1,
         "--moe-token-dispatcher-type flex cannot work on --device cpu: DeepEP, HybridEP and "
         "NCCL-EP are GPU libraries; use alltoall or allgather",
+    ),
+    "writer of its own": (
+        "--async-save",
+        1,
+        "--async-save cannot work on --device cpu: its writer is a process of its own, which looks "
+        "for a GPU; leave it out",
+    ),
+    "context parallelism": (
+        "--context-parallel-size 2",
+        2,
+        "--context-parallel-size 2 cannot work on --device cpu: Megatron's attention splits the "
+        "sequence through Transformer Engine only; use --tensor-model-parallel-size with "
+        "--sequence-parallel",
     ),
     "nccl": (
         "--distributed-backend nccl",

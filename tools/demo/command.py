@@ -19,19 +19,20 @@ from megatron_moe.tools.demo.plan import Plan
 EXAMPLE = Path("examples") / "pretrain_gpt.py"
 SEEN = """\
 [bold]What you saw[/bold]
-  · Megatron's own training loop, data and checkpoints, on a CPU, with our MoE layer in the model.
-  · {topk} of {experts} experts for each token: the arithmetic of the dense model, {ratio:.1f} times its parameters.
-  · Two processes owned {half} experts each and sent tokens to one another (EP=2).
-  · The same checkpoint read by processes that split every matrix instead (TP=2): the largest
-    difference in the training loss was {drift:.0e}.
+  · Megatron's own training loop, data and checkpoints on a CPU, with our layer in the model.
+  · {topk} of {experts} experts for each token: the arithmetic of the dense twin, {ratio:.1f} times
+    the parameters; two processes owned {half} experts each and sent tokens to one another (EP=2).
+  · {verdict}
+  · One checkpoint, read by processes that split every matrix instead (TP=2): the training losses
+    of the next {tail} steps were at most {drift:.0e} apart.
 
 [bold]What to try next[/bold]
-  · {run} examples/pretrain_gpt.py …   the commands above, with your own options
-  · {run} pretrain_gpt.py …            Megatron-LM's own script, unchanged
-  · megatron-moe data my_texts/ --out runs/mine   your own text
-  · --moe-layer-impl megatron          the same run with upstream's layer, to compare
-  · megatron-moe doctor                what a GPU here would add
-Everything is in {folder}: logs, data, checkpoints, summary.json."""  # noqa: E501
+  · the commands above with options of your own, or Megatron-LM's pretrain_gpt.py in the place of
+    examples/pretrain_gpt.py, unchanged: megatron-moe run --device cpu -n 2 pretrain_gpt.py …
+  · --moe-layer-impl megatron: the same run with upstream's layer, to compare
+  · megatron-moe data my_texts/ --out runs/mine: your own text
+  · megatron-moe doctor: what is installed here, and what a GPU would add
+Everything is in {folder}: data, logs, checkpoints, summary.json."""
 
 
 @click.command("demo")
@@ -94,11 +95,7 @@ class Demo:
         moe = self._train("moe", [*experts, *plan.first_layout(sizes, where)], 0, end)
         self._heading(3, "the dense twin: same data, same steps, same arithmetic a token (DP=2)")
         dense = self._train("dense", [*common, *plan.dense_options(sizes)], 0, end)
-        self._heading(
-            4,
-            f"the checkpoint of iteration {sizes.iterations}, resumed in another layout "
-            "(TP=2 with sequence parallelism, EP=1)",
-        )
+        self._heading(4, f"iteration {sizes.iterations}, resumed in another layout (TP=2, EP=1)")
         options = [*experts, *plan.second_layout(sizes, where)]
         resumed = self._train("resumed", options, sizes.iterations, end)
         self._results(dense, moe, resumed)
@@ -139,11 +136,12 @@ class Demo:
             experts=sizes.experts,
             half=sizes.experts // 2,
             ratio=sizes.moe_parameters / sizes.dense_parameters,
+            verdict=verdict(dense, moe),
+            tail=sizes.tail,
             drift=drift,
-            run="megatron-moe run --device cpu -n 2",
             folder=self.folder,
         )
-        self.console.print(told)
+        self.console.print(told, soft_wrap=True)
         runs = {"dense": dense, "moe": moe, "resumed": resumed}
         summary = {
             name: {
@@ -164,6 +162,18 @@ class Demo:
 
     def _echo(self, line: str) -> None:
         self.console.print(f"  {line.rstrip()}", markup=False, soft_wrap=True)
+
+
+def verdict(dense: History, moe: History) -> str:
+    """Say which model was better at the end, whichever it was."""
+    last = max(dense.validations.keys() & moe.validations.keys())
+    gain = dense.validations[last] - moe.validations[last]
+    if gain > 0:
+        return f"After {last} steps its validation loss was {gain:.3f} below the dense twin's."
+    return (
+        f"After {last} steps its validation loss was {-gain:.3f} above the dense twin's: experts "
+        "see\n    a part of the tokens each, and so few steps do not repay that."
+    )
 
 
 def _program() -> list[str]:

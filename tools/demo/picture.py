@@ -73,10 +73,10 @@ def bar_rows(counts: Sequence[int], rows: int = _ROWS) -> list[str]:
 
 def resumed(unbroken: History, again: History) -> Table:
     """Training loss, step by step, of the run that went on and of the one resumed elsewhere."""
-    table = Table(title="After the checkpoint", title_style="bold")
+    table = Table(title="Loss after the checkpoint", title_style="bold")
     table.add_column("iteration", justify="right")
-    table.add_column("went on (EP=2, DP=2)", justify="right")
-    table.add_column("stopped, resumed (TP=2, EP=1)", justify="right")
+    table.add_column("went on: EP=2", justify="right")
+    table.add_column("resumed: TP=2, EP=1", justify="right")
     table.add_column("difference", justify="right")
     shared = sorted(unbroken.losses.keys() & again.losses.keys())
     for iteration in [*shared[:4], *shared[-1:]] if len(shared) > 5 else shared:

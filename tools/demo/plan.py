@@ -29,21 +29,21 @@ class Plan:
         text_mb: Megabytes of text to read.
     """
 
-    layers: int = 4
+    layers: int = 3
     hidden: int = 128
     heads: int = 4
     seq_length: int = 128
-    vocab_size: int = 4096
+    vocab_size: int = 1024
     experts: int = 8
     topk: int = 2
     expert_ffn: int = 256
     global_batch: int = 16
-    iterations: int = 300
+    iterations: int = 400
     tail: int = 20
-    eval_interval: int = 50
+    eval_interval: int = 100
     eval_iters: int = 8
     learning_rate: float = 3e-3
-    text_mb: int = 10
+    text_mb: int = 5
 
     @property
     def train_iters(self) -> int:
@@ -114,6 +114,7 @@ def shared_options(plan: Plan) -> list[str]:
         seq_length=plan.seq_length,
         max_position_embeddings=plan.seq_length,
         disable_bias_linear=True,
+        init_method_std=0.06,
         # Without dropout a resumed run must repeat the losses of one that was not interrupted.
         attention_dropout=0.0,
         hidden_dropout=0.0,
@@ -145,6 +146,8 @@ def expert_options(plan: Plan) -> list[str]:
         ffn_hidden_size=plan.expert_ffn,
         num_experts=plan.experts,
         moe_router_topk=plan.topk,
+        # The weights of a token's experts sum to 1; the twin adds its two halves at full weight.
+        moe_router_topk_scaling_factor=float(plan.topk),
         moe_router_load_balancing_type="aux_loss",
         moe_aux_loss_coeff=0.01,
         moe_token_dispatcher_type="alltoall",
@@ -160,16 +163,11 @@ def first_layout(plan: Plan, checkpoints: str) -> list[str]:
 
 
 def second_layout(plan: Plan, checkpoints: str) -> list[str]:
-    """Two processes share attention and each sequence (TP=2 with SP); both own all experts (EP=1).
-
-    Experts stay whole (ETP=1): Megatron keeps the optimizer's state of experts apart from the rest
-    where EP or ETP differ from TP, and does not load the one form into the other.
-    """
+    """Two processes share every matrix, experts too, and every sequence (TP=2 with SP, EP=1)."""
     return _options(
         tensor_model_parallel_size=2,
         sequence_parallel=True,
         expert_model_parallel_size=1,
-        expert_tensor_parallel_size=1,
         load=checkpoints,
         ckpt_step=plan.iterations,
     )

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from megatron_moe.tools.demo import command, picture, plan
 from megatron_moe.tools.demo.child import ChildError, run
+from megatron_moe.tools.demo.command import verdict
 from megatron_moe.tools.demo.display import shown_run
 from megatron_moe.tools.demo.megatron_log import History, Load, Step, Validation, parse
 
@@ -82,7 +83,7 @@ def test_options_are_spelled_as_megatron_spells_them():
         "--save",
         "here",
         "--save-interval",
-        "300",
+        "400",
     ]
     assert "--sequence-parallel" in plan.second_layout(plan.FULL, "here")
     for before, word in pairwise(plan.second_layout(plan.FULL, "here")):
@@ -129,6 +130,12 @@ def test_resumed_losses_show_their_difference():
     again = History({9: 2.0, 10: 1.625}, {}, {10: 1.75})
     text = drawn(picture.resumed(went_on, again))
     assert "+1.2e-01" in text and "+0.0e+00" in text and "validation, 10" in text
+
+
+def test_verdict_says_whatever_came_out():
+    better, worse = History({}, {}, {8: 9.0, 10: 3.5}), History({}, {}, {8: 1.0, 10: 3.75})
+    assert verdict(worse, better).startswith("After 10 steps its validation loss was 0.250 below")
+    assert verdict(better, worse).startswith("After 10 steps its validation loss was 0.250 above")
 
 
 def test_output_is_kept_and_handed_on(tmp_path):
