@@ -6,6 +6,7 @@ Started by ``megatron-moe run``, or by hand under torchrun or Slurm::
 """
 
 import argparse
+import ctypes
 import logging
 import os
 import runpy
@@ -13,7 +14,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 from megatron_moe.activate import Device, activate
 from megatron_moe.config import MoEConfigError
@@ -61,9 +61,7 @@ def resolve_device(asked: str) -> Device:
     """
     if asked == "cpu":
         return "cpu"
-    import torch  # a matter of seconds, so only when the answer depends on it
-
-    found: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    found: Device = "cuda" if _driver_found() and _torch_finds_cuda() else "cpu"
     if asked == "cuda" and found == "cpu":
         raise ValueError(
             "--device cuda was asked for, but torch finds no CUDA device; use --device cpu"
@@ -76,6 +74,23 @@ def _refused(fault: Exception, first: bool) -> SystemExit:
         for line in str(fault).splitlines():
             print(f"megatron-moe: {line}", file=sys.stderr)
     return SystemExit(USER_FAULT)
+
+
+def _driver_found() -> bool:
+    """Whether a GPU is possible: torch's own answer costs seconds, and often this one does."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return False
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return Path("/dev/kfd").exists()  # AMD's driver
+    return True
+
+
+def _torch_finds_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _world_size() -> int:

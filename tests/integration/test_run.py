@@ -211,6 +211,33 @@ def test_device_from_the_environment(in_place, script, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("asked", "driver", "torch_finds", "device"),
+    [
+        ("auto", True, True, "cuda"),
+        ("cuda", True, True, "cuda"),
+        ("auto", True, False, "cpu"),
+        ("auto", False, None, "cpu"),
+        ("cpu", None, None, "cpu"),
+        ("cuda", True, False, None),
+    ],
+)
+def test_device(monkeypatch, asked, driver, torch_finds, device):
+    """None: must not be asked, or refused."""
+
+    def answer(value):
+        assert value is not None
+        return value
+
+    monkeypatch.setattr(worker, "_driver_found", lambda: answer(driver))
+    monkeypatch.setattr(worker, "_torch_finds_cuda", lambda: answer(torch_finds))
+    if device is None:
+        with pytest.raises(ValueError, match="--device cuda was asked for, but torch finds no"):
+            worker.resolve_device(asked)
+    else:
+        assert worker.resolve_device(asked) == device
+
+
+@pytest.mark.parametrize(
     "fault", [MoEConfigError("first option\nsecond option"), PatchError("f: read it again")]
 )
 def test_refusals_during_the_run_have_no_traceback(in_place, script, capsys, monkeypatch, fault):
@@ -254,8 +281,10 @@ def test_two_processes_through_the_elastic_launcher(script, ending):
     script.write_text(TWO_RANKS)
     words = [script, "--expert-model-parallel-size", "2", "--num-experts", "4", ending]
     done = launch("--device", "cpu", *words, limit=240)
+    # Two processes share the pipe: one's line may follow the other's before its line end.
+    lines = done.stdout.replace("}{", "}\n{").splitlines()
     ranks = sorted(
-        (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")),
+        (json.loads(line) for line in lines if line.startswith("{")),
         key=lambda found: found["rank"],
     )
     assert [found["rank"] for found in ranks] == [0, 1], done.stderr
@@ -302,8 +331,9 @@ def test_unmodified_upstream_script_in_four_dimensions(tmp_path):
         "--mock-data --tokenizer-type NullTokenizer --vocab-size 128 --num-layers 2 "
         "--hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 "
         "--micro-batch-size 2 --global-batch-size 8 --lr 1e-3 --lr-decay-iters 20 "
-        "--log-interval 1 --eval-iters 1 --disable-bias-linear --moe-router-topk 2 "
-        f"--moe-token-dispatcher-type alltoall {TP2PP2EP2} --expert-tensor-parallel-size 1 "
+        "--log-interval 1 --eval-interval 100 --eval-iters 1 --disable-bias-linear "
+        f"--moe-router-topk 2 --moe-token-dispatcher-type alltoall {TP2PP2EP2} "
+        "--expert-tensor-parallel-size 1 "
         f"--use-distributed-optimizer --override-opt-param-scheduler --save {tmp_path} "
         "--save-interval 3 --ckpt-format torch_dist"
     ).split()
