@@ -46,8 +46,8 @@ format: setup ## Format the code and apply the safe lint fixes.
 bench: setup ## Compare our layer's speed with upstream's (the quick table).
 	$(BIN)/python tools/bench/layer.py --quick
 
-patches: setup ## List the declared patches of Megatron and whether each fits.
-	@$(BIN)/megatron-moe patches
+patches: setup ## List the declared patches, whether each fits, and renew the table in patches/README.md.
+	@$(BIN)/megatron-moe patches --write
 
 clean: ## Remove the environment, caches and build outputs (keeps runs/).
 	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
