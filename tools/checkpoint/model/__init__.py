@@ -1,0 +1,1 @@
+"""What a checkpoint holds, whatever its format: atoms, where their parts lie, and parallel layouts."""
