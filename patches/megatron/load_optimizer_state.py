@@ -15,9 +15,10 @@ from megatron_moe.mcore.patching import Patch
 def _set_states(
     original: Callable[..., None], self: Any, model_param: Any, tensors: dict[str, Any]
 ) -> None:
-    # Torch's Adam holds `step` as a tensor; it was loaded with the parameter groups.
+    # Torch's Adam holds `step` as a tensor; it was loaded with the parameter groups. `tensors` may
+    # bring that of the fresh optimizer (`dp_reshardable`), which must not win.
     with torch.no_grad():
-        original(self, model_param, {"step": None} | tensors)
+        original(self, model_param, tensors | {"step": None})
 
 
 def _load_one(original: Callable[..., None], self: Any, state_dict: dict) -> None:

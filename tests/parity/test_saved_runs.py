@@ -1,4 +1,4 @@
-"""The judge of checkpoints is judged: what Megatron saved, it resumes, and no bit of a loss differs.
+"""The judge of checkpoints, judged: what Megatron saved it resumes, and no bit of a loss differs.
 
 The runs are Megatron's own, by its own functions, from flags as a user types them. A resume on the
 layout of the save is exact; on another one it is close; and a checkpoint with a fault is found out.

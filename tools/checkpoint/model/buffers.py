@@ -51,28 +51,30 @@ def _aligned(position: int) -> int:
     return -(-position // _START) * _START
 
 
-def cut(parameters: list[Parameter], bucket_size: int | None) -> list[Bucket]:
+def cut(parameters: list[Parameter], bucket_size: int | None, dp: int = 1) -> list[Bucket]:
     """Lay parameters out by the rule.
 
     Args:
         parameters: In registration order.
         bucket_size: Elements at which a bucket closes; None for a single one.
+        dp: Ranks over which the buffer is cut; it decides where padding starts.
     """
     buckets: list[Bucket] = []
     starts: list[tuple[Parameter, int]] = []
-    at = 0
+    end = 0
     for parameter in reversed(parameters):
-        at = _aligned(at)
+        at = _aligned(end)
         if parameter.shared and starts:
-            buckets.append(Bucket(tuple(starts), at))
+            # Megatron counts the gap behind the last parameter, unless the bucket is padded.
+            buckets.append(Bucket(tuple(starts), at if at == padded(at, dp) else end))
             starts, at = [], 0
         starts.append((parameter, at))
-        at += parameter.numel
-        if parameter.shared or (bucket_size is not None and at >= bucket_size):
-            buckets.append(Bucket(tuple(starts), at))
-            starts, at = [], 0
+        end = at + parameter.numel
+        if parameter.shared or (bucket_size is not None and end >= bucket_size):
+            buckets.append(Bucket(tuple(starts), end))
+            starts, end = [], 0
     if starts:
-        buckets.append(Bucket(tuple(starts), at))
+        buckets.append(Bucket(tuple(starts), end))
     return buckets
 
 
@@ -84,26 +86,27 @@ def cut_by_lengths(parameters: list[Parameter], lengths: list[int]) -> list[Buck
     """
     buckets: list[Bucket] = []
     starts: list[tuple[Parameter, int]] = []
-    at = 0
+    end = 0
     for parameter in reversed(parameters):
-        at = _aligned(at)
-        if starts and parameter.shared and at == lengths[len(buckets)]:
-            buckets.append(Bucket(tuple(starts), at))
+        at = _aligned(end)
+        if starts and parameter.shared and lengths[len(buckets)] in (at, end):
+            buckets.append(Bucket(tuple(starts), lengths[len(buckets)]))
             starts, at = [], 0
         if len(buckets) == len(lengths):
             return f"{parameter.key} and others lie behind the last of {len(lengths)} buckets"
         starts.append((parameter, at))
-        at += parameter.numel
-        if at > lengths[len(buckets)]:
+        end = at + parameter.numel
+        length = lengths[len(buckets)]
+        if end > length:
             return (
-                f"{parameter.key} ends at element {at} of bucket {len(buckets)}, which has "
-                f"{lengths[len(buckets)]}"
+                f"{parameter.key} ends at element {end} of bucket {len(buckets)}, which has {length}"
             )
-        if at == lengths[len(buckets)]:
-            buckets.append(Bucket(tuple(starts), at))
-            starts, at = [], 0
+        # A gap may follow before a shared embedding; then the bucket closes there.
+        if end == length:
+            buckets.append(Bucket(tuple(starts), end))
+            starts, end = [], 0
     if starts or len(buckets) != len(lengths):
-        return f"the parameters end at element {at} of bucket {len(buckets)} of {len(lengths)}"
+        return f"the parameters end at element {end} of bucket {len(buckets)} of {len(lengths)}"
     return buckets
 
 

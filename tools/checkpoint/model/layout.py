@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from megatron_moe.tools.checkpoint.errors import CheckpointError
 
@@ -218,28 +219,29 @@ class Coordinates:
     etp: int
 
 
-@dataclass
 class Places:
-    """The distinct model-parallel places of a layout.
+    """The model-parallel places of a layout that write legacy files.
 
-    ``files`` are the pairs (tp, ep) that live on a common rank in one pipeline stage; ranks of a
-    stage are numbered tp fastest for dense tensors and etp, ep fastest for experts.
+    Ranks of a stage are numbered tp fastest for dense tensors, and etp, ep fastest for experts. A
+    rank writes when it is the first of its dense or of its expert replicas; the file's name has
+    its tp, pp and ep.
     """
 
-    layout: Layout
-    files: list[Coordinates] = field(default_factory=list)
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
 
-    def __post_init__(self) -> None:
+    def writers(self) -> Iterator[tuple[Coordinates, bool, bool]]:
+        """Yield each file's place, and whether its rank leads the dense and the expert replicas."""
         layout = self.layout
-        seen = set()
         for pp in range(layout.pp):
             for rank in range(layout.tp * layout.dp):
-                tp, etp = rank % layout.tp, rank % layout.expert_tp
-                ep = rank // layout.expert_tp % layout.ep
-                # Who writes a legacy file: first of its dense or of its expert replicas.
-                dense_replica = rank // layout.tp
-                expert_replica = rank // (layout.expert_tp * layout.ep)
-                if (dense_replica and expert_replica) or (tp, pp, ep) in seen:
-                    continue
-                seen.add((tp, pp, ep))
-                self.files.append(Coordinates(tp, pp, ep, etp))
+                dense = rank < layout.tp
+                experts = rank < layout.expert_tp * layout.ep
+                if dense or experts:
+                    etp, ep = rank % layout.expert_tp, rank // layout.expert_tp % layout.ep
+                    yield Coordinates(rank % layout.tp, pp, ep, etp), dense, experts
+
+    @property
+    def files(self) -> list[Coordinates]:
+        """Places of all files."""
+        return [place for place, _, _ in self.writers()]

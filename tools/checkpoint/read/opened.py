@@ -90,6 +90,10 @@ class Opened:
     notes: list[str] = field(default_factory=list)
     unknown: set[str] = field(default_factory=set)
     inventory: Inventory = field(default_factory=Inventory)
+    # Modules, within their layer or model, that keep an (empty) FP8 state.
+    extra_states: set[str] = field(default_factory=set)
+    # Names within a layer that ``torch_dist`` uses, by rule.
+    dist_names: dict[str, str] = field(default_factory=dict)
     # Legacy: order in which each chunk registers its parameters, by (file, chunk).
     chunks: dict[tuple[str, int], list[str]] = field(default_factory=dict)
 

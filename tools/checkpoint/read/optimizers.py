@@ -199,7 +199,8 @@ def _read_distributed(
             index += 1
             where = f"{path}: optimizer {number}, model chunk {v}"
             size = bucket_size(opened.args, opened.layout, file.place.pp, v)
-            found = _coalesced(parameters, int(tensors["numel_unpadded"]), size, where)
+            dp = opened.layout.expert_dp if parameters[0].expert else opened.layout.dp
+            found = _coalesced(parameters, int(tensors["numel_unpadded"]), size, dp, where)
             for state, role in _ROLES.items():
                 tensor = tensors.get(state)
                 if tensor is None:
@@ -216,16 +217,17 @@ def _read_distributed(
 
 
 def _coalesced(
-    parameters: list[Parameter], numel: int, size: int | None, where: str
+    parameters: list[Parameter], numel: int, size: int | None, dp: int, where: str
 ) -> list[Bucket]:
     """Find the buckets of a buffer of which only the total length was saved."""
     tried = {}
-    for name, candidate in (("the run's bucket size", size), ("one bucket", None)):
-        found = buffers.cut(parameters, candidate)
-        total = sum(bucket.numel for bucket in found)
-        if total == numel:
-            return found
-        tried[f"{name} ({candidate})"] = total
+    for candidate in dict.fromkeys((size, None)):
+        for ranks in dict.fromkeys((dp, 1)):  # 1: Megatron without our patch of the padding
+            found = buffers.cut(parameters, candidate, ranks)
+            total = sum(bucket.numel for bucket in found)
+            if total == numel:
+                return found
+            tried[f"bucket size {candidate}"] = total
     raise CheckpointError(
         f"{where}: holds {numel} elements; tried {tried}. The flat buffer cannot be decoded: the "
         "model and its optimizer are of different runs, or parameters were frozen. Pass --optim "

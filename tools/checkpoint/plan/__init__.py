@@ -1,0 +1,1 @@
+"""From atoms to files: the target as data, checked before a byte is written."""
