@@ -104,7 +104,9 @@ class Array:
             base = offset + sum(i * s for i, s in zip(index, strides, strict=False))
             name = self._name(tuple(i + s for i, s in zip(index, start, strict=False)))
             for i, half in enumerate(halves):
-                first = (i * own[0], *(0,) * (len(own) - 1)) if self.halves == 2 else (0,) * len(own)
+                first = (
+                    (i * own[0], *(0,) * (len(own) - 1)) if self.halves == 2 else (0,) * len(own)
+                )
                 found = overlap(rest_start, rest_shape, first, tuple(own))
                 if found is None:
                     continue
@@ -115,9 +117,7 @@ class Array:
                 atom_start = [a - b for a, b in zip(at, first, strict=True)]
                 if self.cut is not None:
                     atom_start[self.cut] += self.index * own[self.cut]
-                yield Part(
-                    name + half, whole, tuple(atom_start), size, base + inside, rest_strides
-                )
+                yield Part(name + half, whole, tuple(atom_start), size, base + inside, rest_strides)
 
     def all_parts(self, offset: int = 0, strides: Shape | None = None) -> Iterator[Part]:
         """Yield the parts of the whole array."""

@@ -172,11 +172,24 @@ _GROUPED = re.compile(r"mlp\.experts\.(linear_fc[12]\.(?:weight|bias))(\d+)")
 _STACKED = re.compile(r"mlp\.experts\.(linear_fc[12]\.(?:weight|bias))")
 _GROUPED_MLP = {"mlp.experts.weight1": "fc1", "mlp.experts.weight2": "fc2"}
 _EXTRA = re.compile(r"\._extra_state\d*(/|$)")
+_LAYER_PREFIX = re.compile(
+    r"^(decoder\.layers\.(\d+\.)?|mtp\.layers\.\d+\.((transformer_layer|mtp_model_layer)\.)?)"
+)
+_EXPERT_INSIDE = re.compile(r"mlp\.experts\.(experts\.(\d+\.)?|local_experts\.\d+\.)")
 
 
-def is_extra_state(key: str) -> bool:
-    """Whether a key is Transformer Engine's FP8 state, or the empty entry in its place."""
-    return bool(_EXTRA.search(key))
+def extra_state_owner(key: str) -> str | None:
+    """Return the module, within its layer, whose FP8 state (mostly empty) a key holds.
+
+    Returns:
+        ``self_attention.linear_qkv``, ``mlp.experts.linear_fc1``, ``output_layer``, ...; None for
+        other keys.
+    """
+    found = _EXTRA.search(key)
+    if not found:
+        return None
+    name = _LAYER_PREFIX.sub("", key[: found.start()], count=1)
+    return _EXPERT_INSIDE.sub("mlp.experts.", name)
 
 
 def _in_layer(name: str) -> Key | None:

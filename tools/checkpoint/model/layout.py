@@ -159,7 +159,9 @@ class Pipeline:
         if layout.pp == 1:
             counts = [layers]
         elif middle < 0 or left < 0 or (left % middle if middle else left):
-            raise CheckpointError(f"{rule}: {left} layers do not divide over {middle} stages; {out}")
+            raise CheckpointError(
+                f"{rule}: {left} layers do not divide over {middle} stages; {out}"
+            )
         else:
             counts = [left // middle] * middle if middle else []
             counts = ([self.first] if self.first is not None else []) + counts

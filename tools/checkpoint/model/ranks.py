@@ -121,7 +121,13 @@ class Rank:
         yield from map(outer, last)
 
     def _layer(
-        self, module: str, atom: str, layer: Layer, place: Coordinates, local: int, mtp: bool = False
+        self,
+        module: str,
+        atom: str,
+        layer: Layer,
+        place: Coordinates,
+        local: int,
+        mtp: bool = False,
     ) -> Iterator[Local]:
         for name, kind in self._ordered(layer):
             rule = kind.rule
@@ -227,6 +233,4 @@ def _slice(template: str, kind: Kind, shape: Shape, index: int, count: int) -> A
         own[cut] //= count
     if kind.halves == 2:
         own[0] *= 2
-    return Array(
-        template, tuple(own), halves=kind.halves, cut=cut, index=index, count=count
-    )
+    return Array(template, tuple(own), halves=kind.halves, cut=cut, index=index, count=count)

@@ -237,8 +237,10 @@ def _vocabulary(source: Opened, request: Request, layout: Layout) -> int | None:
         if padded % layout.tp == 0 and stored == getattr(args, "padded_vocab_size", stored):
             return padded
     # The true size is not known: keep the rows, padded further only where TP asks for it.
-    return -(-stored // layout.tp) * layout.tp if request.divisible_by is None else (
-        -(-stored // lcm(by, layout.tp)) * lcm(by, layout.tp)
+    return (
+        -(-stored // layout.tp) * layout.tp
+        if request.divisible_by is None
+        else (-(-stored // lcm(by, layout.tp)) * lcm(by, layout.tp))
     )
 
 

@@ -77,16 +77,22 @@ class TorchTarget:
     def _chunk(self, new: NewArchive, chunk: list[Local]) -> OrderedDict[str, Any]:
         """State dict of a model chunk, with the empty FP8 states that linear layers ask for."""
         out: OrderedDict[str, Any] = OrderedDict()
-        extra = self.source.extra_states
+        owned = {local.key.rule.name.rpartition(".")[0] for local in chunk}
+        alone = sorted(name for name in self.source.extra_states - owned if "attention" in name)
+        layer = ""
         for i, local in enumerate(chunk):
-            dtype = self._dtype(local.array)
-            out[local.name] = self._whole(new, WEIGHT, local.array, dtype, local.name)
+            if local.key.layer is not None and not local.name.startswith(layer or "?"):
+                tail = local.name.partition(f".{local.key.layer}.")
+                layer = tail[0] + tail[1]
+                out |= {f"{layer}{name}._extra_state": None for name in alone}
+            out[local.name] = self._whole(
+                new, WEIGHT, local.array, self._dtype(local.array), local.name
+            )
             owner = local.name.rpartition(".")[0]
             follows = chunk[i + 1].name if i + 1 < len(chunk) else ""
-            last = follows.rpartition(".")[0] != owner
-            if last and local.key.rule.name.rpartition(".")[0] in extra:
-                for key in _extra_keys(local, owner):
-                    out[key] = None
+            rule = local.key.rule.name.rpartition(".")[0]
+            if follows.rpartition(".")[0] != owner and rule in self.source.extra_states:
+                out |= dict.fromkeys(_extra_keys(local, owner))
         return out
 
     def _dtype(self, array: Array) -> DType:

@@ -104,7 +104,9 @@ def _form(folder: Path) -> str:
     if any(folder.glob("mp_rank_*")):
         return "torch"
     if any(folder.glob("**/.zarray")):
-        raise CheckpointError(f"{folder}: zarr is not read: load it with Megatron 0.15 and save as torch_dist")
+        raise CheckpointError(
+            f"{folder}: zarr is not read: load it with Megatron 0.15 and save as torch_dist"
+        )
     if (folder / ".metadata").exists():
         raise CheckpointError(
             f"{folder}: .metadata without metadata.json: torch_dcp, fsdp_dtensor, or a torch_dist "

@@ -139,5 +139,3 @@ def _check_optimizer(opened: Opened) -> None:
                     f"{opened.folder}: {atom.name} has no {role}, others have: the optimizer state "
                     "is not whole (frozen parameters?). Pass --optim drop to reshard the weights"
                 )
-
-

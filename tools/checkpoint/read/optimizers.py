@@ -18,6 +18,7 @@ from megatron_moe.tools.checkpoint.read.torch_files import (
     STATES_FILE,
     RankFile,
     Records,
+    optimizer_members,
     read_pickle,
 )
 from megatron_moe.tools.checkpoint.stored import archive, pickles
@@ -46,7 +47,9 @@ def file_parameters(file: RankFile, opened: Opened) -> list[list[Parameter]]:
     ]
 
 
-def read_legacy(opened: Opened, collector: Collector, files: list[RankFile], trusted: frozenset[str]) -> None:
+def read_legacy(
+    opened: Opened, collector: Collector, files: list[RankFile], trusted: frozenset[str]
+) -> None:
     """Read the optimizer of a ``torch`` checkpoint.
 
     Raises:
@@ -57,7 +60,7 @@ def read_legacy(opened: Opened, collector: Collector, files: list[RankFile], tru
         opened.notes.append("no optimizer state")
         return
     distributed = any((opened.folder / file.name / STATES_FILE).is_file() for file in files)
-    members = _members(holders[0].state["optimizer"])
+    members = optimizer_members(holders[0].state["optimizer"])
     inner = [member.get("optimizer", member) for member in members]
     groups = [[_without_params(group) for group in one["param_groups"]] for one in inner]
     opened.optimizer = OptimizerState(
@@ -79,12 +82,6 @@ def read_legacy(opened: Opened, collector: Collector, files: list[RankFile], tru
             _read_distributed(file, opened, records, trusted)
 
 
-def _members(optimizer: Any) -> list[dict[str, Any]]:
-    if isinstance(optimizer, dict) and all(isinstance(key, int) for key in optimizer):
-        return [optimizer[key] for key in sorted(optimizer)]
-    return list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
-
-
 def _without_params(group: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
 
@@ -99,7 +96,7 @@ def _member_parameters(file: RankFile, opened: Opened, member: int) -> list[list
 
 
 def _read_plain(file: RankFile, opened: Opened, records: Records) -> None:
-    members = _members(file.state["optimizer"])
+    members = optimizer_members(file.state["optimizer"])
     for number, member in enumerate(members):
         inner = member.get("optimizer", member)
         chunks = _member_parameters(file, opened, number)
@@ -160,7 +157,7 @@ def _add_whole(
 
 def _plain_step(file: RankFile, opened: Opened) -> Any:
     """The step count: of a group (fused Adam), or of any parameter (torch's)."""
-    inner = _members(file.state["optimizer"])[0]
+    inner = optimizer_members(file.state["optimizer"])[0]
     inner = inner.get("optimizer", inner)
     if "step" in inner["param_groups"][0]:
         return inner["param_groups"][0]["step"]
@@ -236,7 +233,11 @@ def _coalesced(
 
 
 def read_dist(
-    opened: Opened, collector: Collector, flat: list[Stored], trusted: frozenset[str], rank_parameters: Any
+    opened: Opened,
+    collector: Collector,
+    flat: list[Stored],
+    trusted: frozenset[str],
+    rank_parameters: Any,
 ) -> None:
     """Read what :func:`torch_dist.read` left of the optimizer of ``torch_dist``.
 
@@ -280,7 +281,7 @@ def _dist_groups(opened: Opened, kind: str, trusted: frozenset[str]) -> Optimize
 def _dist_members(opened: Opened, trusted: frozenset[str]) -> list[dict[str, Any]]:
     """Non-tensor state of each optimizer: shared, or one object for each dp group."""
     common = opened.common.get("optimizer")
-    members = _members(common) if common else []
+    members = optimizer_members(common)
     if members and all("param_groups" in m.get("optimizer", m) for m in members):
         return members
     found = []
@@ -303,7 +304,9 @@ def _dist_members(opened: Opened, trusted: frozenset[str]) -> list[dict[str, Any
 def place_of_group(layout: Layout, member: int, group: int) -> Coordinates:
     """Return the model-parallel place of ``dp_group_idx_{group}``."""
     if member == 0:
-        return Coordinates(group % layout.tp, group // layout.tp, 0, 0)
+        # Without an optimizer of their own, experts are here too, cut as the dense tensors are.
+        tp = group % layout.tp
+        return Coordinates(tp, group // layout.tp, 0, tp % layout.expert_tp)
     etp, rest = group % layout.expert_tp, group // layout.expert_tp
     return Coordinates(0, rest // layout.ep, rest % layout.ep, etp)
 
@@ -339,9 +342,7 @@ def _read_flat(
             _add_flat(collector, _ROLES[state], bucket, by_bucket[number], where)
 
 
-def _add_flat(
-    collector: Collector, role: str, bucket: Bucket, stored: Stored, where: str
-) -> None:
+def _add_flat(collector: Collector, role: str, bucket: Bucket, stored: Stored, where: str) -> None:
     """Add the parts of parameters that lie in each chunk of a bucket."""
     chunks = sorted(stored.chunks, key=lambda chunk: chunk.start)
     for parameter, start in bucket.starts:
@@ -356,4 +357,4 @@ def _add_flat(
         collector.tensors.gaps.add(chunk.record)
 
 
-__all__ = ["AtomId", "FLOAT32", "Record", "read_dist", "read_legacy"]
+__all__ = ["FLOAT32", "AtomId", "Record", "read_dist", "read_legacy"]

@@ -21,6 +21,7 @@ from megatron_moe.tools.checkpoint.model.boxes import (
 from megatron_moe.tools.checkpoint.model.catalogue import (
     Key,
     atom_template,
+    extra_state_owner,
     parse_dist_key,
 )
 from megatron_moe.tools.checkpoint.read.locate import Location
@@ -32,12 +33,15 @@ from megatron_moe.tools.checkpoint.stored.dtypes import DType
 METADATA, COMMON = ".metadata", "common.pt"
 COMMON_OBJECT = "common_state/shard_0_1"
 RNG = re.compile(r"rng_state/shard_([\d.]+)_([\d.]+)")
-_STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(fp32_param|param|exp_avg|exp_avg_sq)\.(.+)")
+_STATE = re.compile(
+    r"(?:chained_\d+\.)?optimizer\.state\.(fp32_param|param|exp_avg|exp_avg_sq)\.(.+)"
+)
 FLAT = re.compile(
     r"(?:chained_(?P<member>\d+)\.)?optimizer\.distributed\.dp_group_idx_(?P<group>\d+)\."
     r"gbuf_idx_(?P<buffer>\d+)\.dtype_(?P<dtype>\(.+?\))\.bucket_idx_(?P<bucket>\d+)\."
     r"(?P<state>param|exp_avg|exp_avg_sq)"
 )
+_PREFIX = re.compile(r"^(decoder|mtp)\.layers\.(\d+\.)?(transformer_layer\.|mtp_model_layer\.)?")
 _OTHER_OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\.")
 ROLE_OF = {"fp32_param": MASTER, "param": MASTER, "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 
@@ -88,6 +92,7 @@ def read(
         location, _dialect(state, objects, folder), args, layout_of(args), collector.tensors, common
     )
     result.objects = objects
+    result.extra_states = {owner for owner in map(extra_state_owner, objects) if owner}
     _check_files(result, places)
     original = _original_shapes(state)
     flat = []
@@ -143,7 +148,9 @@ def _check_files(result: Opened, places: dict[tuple[str, Shape | None], Object])
             result.files[str(path.relative_to(result.folder))] = path.stat().st_size
 
 
-def read_object(folder: Any, place: Object, key: str, trusted: frozenset[str]) -> tuple[Any, archive.Archive, int]:
+def read_object(
+    folder: Any, place: Object, key: str, trusted: frozenset[str]
+) -> tuple[Any, archive.Archive, int]:
     """Read one pickled object; return it, its archive and an open descriptor."""
     path = folder / place.path
     fd = os.open(path, os.O_RDONLY)
@@ -156,7 +163,9 @@ def read_object(folder: Any, place: Object, key: str, trusted: frozenset[str]) -
         raise
 
 
-def _common(location: Location, objects: dict[str, Object], trusted: frozenset[str]) -> dict[str, Any]:
+def _common(
+    location: Location, objects: dict[str, Object], trusted: frozenset[str]
+) -> dict[str, Any]:
     if COMMON_OBJECT in objects:
         value, opened, fd = read_object(
             location.folder, objects[COMMON_OBJECT], COMMON_OBJECT, trusted
@@ -200,9 +209,7 @@ def _original_shapes(state: dict) -> dict[str, Shape]:
     return shapes
 
 
-def _stored(
-    key: str, info: Any, places: dict, collector: Collector, location: Location
-) -> Stored:
+def _stored(key: str, info: Any, places: dict, collector: Collector, location: Location) -> Stored:
     shape = tuple(info.size._args[0])
     properties = info.properties._state
     first = properties[0] if isinstance(properties, tuple) else properties["dtype"]
@@ -229,9 +236,7 @@ def _stored(
     return Stored(key, shape, dtype, chunks)
 
 
-def _add(
-    stored: Stored, result: Opened, collector: Collector, original: Shape | None
-) -> None:
+def _add(stored: Stored, result: Opened, collector: Collector, original: Shape | None) -> None:
     """Add the atoms of a global tensor."""
     found = _STATE.fullmatch(stored.key)
     role, model_key = (ROLE_OF[found[1]], found[2]) if found else (WEIGHT, stored.key)
@@ -292,15 +297,18 @@ def dist_array(key: Key, stacked: bool, shape: Shape, args: Namespace) -> Array:
         else:
             template = template.replace("{expert}", str(key.expert))
     gated = key.rule.gated and is_gated(args) and key.half is None
-    return Array(
-        template, shape, tuple(lead), (0,) * len(lead), 2 if gated else 1, key.half
-    )
+    return Array(template, shape, tuple(lead), (0,) * len(lead), 2 if gated else 1, key.half)
 
 
 def _note_style(result: Opened, key: str, parsed: Key, stacked: bool) -> None:
     result.stacked_layers |= stacked
     if parsed.rule.name.startswith("pre_mlp_layernorm") and "pre_mlp_layernorm" in key:
         result.fused_norms = True  # only Transformer Engine's MoE layers keep this name
+    if parsed.layer is not None and parsed.expert is None:
+        suffix = key.removesuffix(f"_{'wv'[parsed.half]}") if parsed.half is not None else key
+        name = _PREFIX.sub("", suffix, count=1)
+        if name != parsed.rule.name:
+            result.dist_names[parsed.rule.name] = name
 
 
 def _read_random_states(result: Opened, trusted: frozenset[str]) -> None:

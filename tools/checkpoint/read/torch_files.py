@@ -17,7 +17,7 @@ from megatron_moe.tools.checkpoint.model.catalogue import (
     OUTPUT,
     Key,
     atom_template,
-    is_extra_state,
+    extra_state_owner,
     parse_module_key,
 )
 from megatron_moe.tools.checkpoint.model.layout import Coordinates, Layout
@@ -29,6 +29,7 @@ from megatron_moe.tools.checkpoint.stored.pickles import StoredTensor
 MODEL_FILE, STATES_FILE = "model_optim_rng.pt", "distrib_optim.pt"
 _FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3}))?(?:_(\d{3}))?")
 _LAYER = re.compile(r"(decoder|mtp)\.layers\.(\d+)\.")
+_SMALL = {"rng_state", "opt_param_scheduler", "rerun_state_machine"}  # few bytes: read at once
 _FOREIGN_FILES = {
     "layer_wise_optimizer_*.pt": "layer-wise (Muon) optimizer state",
     "modelopt_state*": "ModelOpt state",
@@ -72,9 +73,25 @@ def read_pickle(path: Path, trusted: frozenset[str]) -> tuple[Any, archive.Archi
     """
     fd, opened = archive.open_file(path)
     try:
-        return pickles.load(archive.read_member(fd, opened, "data.pkl"), str(path), trusted), opened
+        state = pickles.load(archive.read_member(fd, opened, "data.pkl"), str(path), trusted)
+        if isinstance(state, dict):
+            for key in _SMALL & set(state):
+                state[key] = pickles.inlined(state[key], fd, opened)
+            for member in optimizer_members(state.get("optimizer")):
+                if "grad_scaler" in member:
+                    member["grad_scaler"] = pickles.inlined(member["grad_scaler"], fd, opened)
+        return state, opened
     finally:
         os.close(fd)
+
+
+def optimizer_members(optimizer: Any) -> list[dict[str, Any]]:
+    """Return the states of chained optimizers, or of the one there is."""
+    if optimizer is None:
+        return []
+    if isinstance(optimizer, dict) and optimizer and all(isinstance(key, int) for key in optimizer):
+        return [optimizer[key] for key in sorted(optimizer)]
+    return list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
 
 
 def _folders(location: Location) -> dict[str, tuple[int, int, int]]:
@@ -83,7 +100,9 @@ def _folders(location: Location) -> dict[str, tuple[int, int, int]]:
     for folder in sorted(location.folder.glob("mp_rank_*")):
         match = _FOLDER.fullmatch(folder.name)
         if not match:
-            raise CheckpointError(f"{folder}: not a name that Megatron gives (mp_rank_TT[_PPP][_EEE])")
+            raise CheckpointError(
+                f"{folder}: not a name that Megatron gives (mp_rank_TT[_PPP][_EEE])"
+            )
         for pattern, what in _FOREIGN_FILES.items():
             for odd in folder.glob(pattern):
                 raise CheckpointError(
@@ -260,7 +279,9 @@ class Records:
         self.collector = collector
         self._numbers: dict[tuple[str, str], int] = {}
 
-    def of(self, path: str, members: dict[str, archive.Member], tensor: StoredTensor, label: str) -> int:
+    def of(
+        self, path: str, members: dict[str, archive.Member], tensor: StoredTensor, label: str
+    ) -> int:
         """Return the number of the record that holds a tensor.
 
         Raises:
@@ -289,10 +310,13 @@ def _read_weights(
     for v, chunk in enumerate(file.chunks):
         arrays: dict[str, tuple[Key, Array]] = {}
         for name, value in chunk.items():
-            if is_extra_state(name):
+            if owner := extra_state_owner(name):
+                result.extra_states.add(owner)
                 continue
             if not isinstance(value, StoredTensor):
-                raise CheckpointError(f"{file.path}: {name} is {type(value).__name__}, not a tensor")
+                raise CheckpointError(
+                    f"{file.path}: {name} is {type(value).__name__}, not a tensor"
+                )
             key = parse_module_key(name)
             if key is None:
                 raise CheckpointError(

@@ -67,40 +67,59 @@ def open_archive(fd: int, start: int, length: int, where: str) -> Archive:
     """Read an archive's directory; a few reads, none of them of tensor data.
 
     Raises:
-        CheckpointError: No archive is there, it is compressed, or it is cut short.
+        CheckpointError: No archive is there, it is compressed, damaged, or cut short.
     """
+    try:
+        return Archive(where, _members(fd, start, length, where))
+    except (struct.error, IndexError, UnicodeDecodeError) as fault:
+        raise CheckpointError(
+            f"{where}: its zip directory is damaged ({fault}). Restore it from a copy"
+        ) from fault
+
+
+def _members(fd: int, start: int, length: int, where: str) -> dict[str, Member]:
     tail_size = min(length, 2048)
     tail = read_at(fd, start + length - tail_size, tail_size, where)
     end = tail.rfind(_END)
-    if end < 0:
+    if end < 0 or end + 22 > len(tail):  # 22: an end record without a comment
         raise CheckpointError(
             f"{where}: no zip directory at the end of the {length} bytes at {start}: the file is "
             "truncated, or not written by torch.save. Restore it from a copy"
         )
     count, size, offset = struct.unpack("<HII", tail[end + 10 : end + 20])
     if _BIG in (size, offset) or count == 0xFFFF:
-        count, size, offset = _zip64_directory(fd, start, tail, end, where)
-    if offset + size > length:
-        raise CheckpointError(f"{where}: its zip directory lies beyond the end: truncated")
+        count, size, offset = _zip64_directory(fd, start, length, tail[:end], where)
+    _check_within(offset, size, length, "its zip directory", where)
     directory = read_at(fd, start + offset, size, where)
     members: dict[str, Member] = {}
     for name, data_start, nbytes, crc in _entries(directory, count, where):
+        _check_within(data_start, 30, length, f"record {name}", where)
         header = read_at(fd, start + data_start, 30, where)
         if header[:4] != _LOCAL:
             raise CheckpointError(f"{where}: record {name} has no header at {start + data_start}")
         name_size, extra_size = struct.unpack("<HH", header[26:30])
-        at = start + data_start + 30 + name_size + extra_size
-        members[name.partition("/")[2]] = Member(at, nbytes, crc)
-    return Archive(where, members)
+        at = data_start + 30 + name_size + extra_size
+        _check_within(at, nbytes, length, f"record {name}", where)
+        members[name.partition("/")[2]] = Member(start + at, nbytes, crc)
+    return members
+
+
+def _check_within(offset: int, size: int, length: int, what: str, where: str) -> None:
+    if offset + size > length:
+        raise CheckpointError(
+            f"{where}: {what} lies beyond the end: truncated or damaged. Restore it from a copy"
+        )
 
 
 def _zip64_directory(
-    fd: int, start: int, tail: bytes, end: int, where: str
+    fd: int, start: int, length: int, before: bytes, where: str
 ) -> tuple[int, int, int]:
-    locator = tail[end - 20 : end]
+    locator = before[-20:]
     if locator[:4] != _LOCATOR64:
         raise CheckpointError(f"{where}: a big archive without its zip64 locator: damaged")
-    record = read_at(fd, start + struct.unpack("<Q", locator[8:16])[0], 56, where)
+    at = struct.unpack("<Q", locator[8:16])[0]
+    _check_within(at, 56, length, "its zip64 directory", where)
+    record = read_at(fd, start + at, 56, where)
     if record[:4] != _END64:
         raise CheckpointError(f"{where}: a big archive without its zip64 directory: damaged")
     count, size, offset = struct.unpack("<QQQ", record[32:56])
@@ -210,6 +229,21 @@ class Skeleton:
             )  # fmt: skip
             out.append((self.start + self.starts[i], fixed + full + extra))
         return out
+
+    def write(self, fd: int, crcs: dict[str, int]) -> None:
+        """Write everything but the big records' bytes.
+
+        Args:
+            fd: The file.
+            crcs: Of the big records, by name.
+        """
+        crcs = crcs | {name: zlib.crc32(data) for name, data in self.inline.items()}
+        for offset, header in self.headers(crcs):
+            os.pwrite(fd, header, offset)
+        for name, offset in zip(self.names, self.offsets, strict=True):
+            if name in self.inline:
+                os.pwrite(fd, self.inline[name], self.start + offset)
+        os.pwrite(fd, self.directory(crcs), self.start + self.size)
 
     def directory(self, crcs: dict[str, int]) -> bytes:
         """Return the central directory and the end records."""

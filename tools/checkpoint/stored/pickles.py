@@ -10,15 +10,19 @@ other is refused by name, and so is anything of a module that can act on the mac
 
 from __future__ import annotations
 
+import _compat_pickle
 import argparse
 import builtins
 import collections
 import copyreg
 import io
 import pickle
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
+
+import numpy as np
 
 from megatron_moe.tools.checkpoint.errors import CheckpointError
 from megatron_moe.tools.checkpoint.stored.dtypes import BY_NAME, BY_STORAGE, DType
@@ -30,8 +34,7 @@ _REAL: dict[tuple[str, str], Any] = {
     ("collections", "defaultdict"): collections.defaultdict,
     ("argparse", "Namespace"): argparse.Namespace,
 } | {
-    (module, name): getattr(builtins, name)
-    for module in ("builtins", "__builtin__")
+    ("builtins", name): getattr(builtins, name)
     for name in ("set", "frozenset", "complex", "slice", "range", "bytearray", "bytes", "int",
                  "float", "str", "bool", "list", "dict", "tuple", "object")
 }  # fmt: skip
@@ -39,7 +42,6 @@ _REAL: dict[tuple[str, str], Any] = {
 _REBUILD = {
     ("_codecs", "encode"),
     ("copyreg", "_reconstructor"),
-    ("copy_reg", "_reconstructor"),
     ("numpy", "dtype"),
     ("numpy", "ndarray"),
     *(
@@ -59,16 +61,32 @@ _REBUILD = {
     ("torch._utils", "_rebuild_parameter"),
     ("torch._utils", "_rebuild_parameter_with_state"),
     ("torch._tensor", "_rebuild_from_type_v2"),
-    ("signal", "Signals"),
     ("torch", "device"),
 }
-_DANGEROUS = {
-    "os", "posix", "nt", "subprocess", "sys", "shutil", "socket", "importlib", "runpy", "ctypes",
-    "pickle", "_pickle", "code", "pty", "webbrowser", "multiprocessing", "threading", "asyncio",
-    "operator", "inspect", "http", "urllib", "requests", "pip", "timeit", "pdb", "types", "marshal",
-    "codeop", "platform", "tempfile", "glob", "bdb", "cProfile", "trace", "concurrent", "signal",
-    "functools", "builtins", "__builtin__", "sqlite3", "smtplib", "ftplib", "telnetlib", "socketserver",
-}  # fmt: skip
+# Values of Python's own library that arguments may hold. No other name of it passes.
+_VALUES = {
+    *(("datetime", name) for name in ("date", "datetime", "time", "timedelta", "timezone")),
+    *(
+        (module, name)
+        for module in ("pathlib", "pathlib._local")
+        for name in ("Path", "PosixPath", "PurePath", "PurePosixPath", "WindowsPath")
+    ),
+    *((module, "BytesIO") for module in ("io", "_io")),
+    ("collections", "Counter"),
+    ("collections", "deque"),
+    ("decimal", "Decimal"),
+    ("fractions", "Fraction"),
+    ("types", "SimpleNamespace"),
+    ("uuid", "UUID"),
+    ("signal", "Handlers"),
+    ("signal", "Signals"),
+}
+# Libraries and parts of libraries whose classes build, load or fetch code.
+_ACTING = (
+    "distutils", "pip", "pkg_resources", "setuptools", "requests", "numpy.distutils", "numpy.f2py",
+    "numpy.testing", "torch._dynamo", "torch._inductor", "torch.hub", "torch.jit", "torch.package",
+    "torch.utils.cpp_extension",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,11 +225,19 @@ def torch_dtype(dtype: DType) -> type[Inert]:
     return foreign("torch", dtype.name)
 
 
+def _modern(module: str, name: str) -> tuple[str, str]:
+    """Return what Python takes an old pickle's name for: ``commands.Popen`` is subprocess's."""
+    if (module, name) in _compat_pickle.NAME_MAPPING:
+        return _compat_pickle.NAME_MAPPING[module, name]
+    return _compat_pickle.IMPORT_MAPPING.get(module, module), name
+
+
 def _allowed(module: str, name: str, trusted: frozenset[str]) -> bool:
-    if (module, name) in _REBUILD or f"{module}.{name}" in trusted:
+    if (module, name) in _REBUILD | _VALUES or f"{module}.{name}" in trusted:
         return True
-    root = module.partition(".")[0]
-    if root in _DANGEROUS or "." in name:
+    if module.partition(".")[0] in sys.stdlib_module_names or "." in name:
+        return False
+    if any(f"{module}.".startswith(f"{acting}.") for acting in _ACTING):
         return False
     is_class = name.lstrip("_")[:1].isupper()
     is_constant = module == "torch" and (name in BY_NAME or name.endswith("Storage"))
@@ -224,6 +250,7 @@ class _Reader(pickle.Unpickler):
         self.where, self.trusted = where, trusted
 
     def find_class(self, module: str, name: str) -> Any:
+        module, name = _modern(module, name)
         if (module, name) in _REAL:
             return _REAL[module, name]
         if not _allowed(module, name, self.trusted):
@@ -247,7 +274,18 @@ class _Reader(pickle.Unpickler):
 
 
 def _tensor(storage: Storage, offset: int, shape: tuple, strides: tuple, *_: Any) -> StoredTensor:
-    return StoredTensor(storage, offset, tuple(shape), tuple(strides))
+    found = StoredTensor(storage, offset, tuple(shape), tuple(strides))
+    # Later code moves bytes by these numbers, so a view of foreign memory must not get through.
+    steps = zip(found.shape, found.strides, strict=True)
+    last = offset + sum((size - 1) * stride for size, stride in steps)
+    if min(offset, *found.shape, *found.strides, storage.numel) < 0 or (
+        found.numel and last >= storage.numel
+    ):
+        raise ValueError(
+            f"a tensor of shape {found.shape}, strides {found.strides} from element {offset} does "
+            f"not lie in its storage of {storage.numel}"
+        )
+    return found
 
 
 def _tensor_of_type(
@@ -256,7 +294,7 @@ def _tensor_of_type(
 ) -> StoredTensor:  # fmt: skip
     real = dtype_of(dtype) or storage.dtype
     typed = Storage(real, storage.key, storage.numel // real.itemsize, storage.location)
-    return StoredTensor(typed, offset, tuple(shape), tuple(strides))
+    return _tensor(typed, offset, shape, strides)
 
 
 def _parameter(data: StoredTensor, *_: Any) -> StoredTensor:
@@ -288,6 +326,7 @@ def load(data: bytes, where: str, trusted: frozenset[str] = frozenset()) -> Any:
     Raises:
         CheckpointError: A name that could run code, or bytes that are no pickle.
     """
+    copyreg.clear_extension_cache()  # what is cached there would be used without being asked for
     try:
         return _Reader(data, where, trusted).load()
     except CheckpointError:
@@ -305,8 +344,10 @@ class _Writer(pickle._Pickler):  # type: ignore[name-defined]
     def persistent_id(self, obj: Any) -> Any:
         if not isinstance(obj, Storage):
             return None
-        named = foreign("torch", obj.dtype.storage)
-        return ("storage", named, obj.key, obj.location, obj.numel)
+        typed = obj.dtype.storage
+        numel = obj.numel if typed else obj.numel * obj.dtype.itemsize
+        named = foreign("torch", typed) if typed else foreign("torch.storage", "UntypedStorage")
+        return ("storage", named, obj.key, obj.location, numel)
 
     def save_global(self, obj: Any, name: str | None = None) -> None:
         if not isinstance(obj, _Named):
@@ -318,11 +359,17 @@ class _Writer(pickle._Pickler):  # type: ignore[name-defined]
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, StoredTensor):
-            args = (obj.storage, obj.offset, obj.shape, obj.strides, False)
-            return foreign("torch._utils", "_rebuild_tensor_v2"), (
-                *args,
+            args = (
+                obj.storage,
+                obj.offset,
+                obj.shape,
+                obj.strides,
+                False,
                 collections.OrderedDict(),
             )
+            if obj.dtype.storage:
+                return foreign("torch._utils", "_rebuild_tensor_v2"), args
+            return foreign("torch._utils", "_rebuild_tensor_v3"), (*args, torch_dtype(obj.dtype))
         if isinstance(obj, Inert):
             cls = type(obj)
             items = iter(obj._list) if obj._list else None
@@ -349,6 +396,19 @@ class Literal:
     data: bytes
 
 
+def _gathered(tensor: StoredTensor, data: bytes, where: str) -> bytes:
+    """Return a tensor's elements in row-major order from its storage's bytes."""
+    size = tensor.dtype.itemsize
+    if len(data) != tensor.storage.numel * size:
+        raise CheckpointError(
+            f"{where}: record data/{tensor.storage.key} should have {tensor.storage.numel * size} "
+            f"bytes, has {len(data)}: the file is damaged"
+        )
+    elements = np.frombuffer(data, f"V{size}")[tensor.offset :]
+    strides = [stride * size for stride in tensor.strides]
+    return np.lib.stride_tricks.as_strided(elements, tensor.shape, strides).tobytes()
+
+
 def inlined(thing: Any, fd: int, archive: Any) -> Any:
     """Return a copy of a pickled structure with its tensors' bytes read in.
 
@@ -361,10 +421,8 @@ def inlined(thing: Any, fd: int, archive: Any) -> Any:
 
     def visit(value: Any) -> Any:
         if isinstance(value, StoredTensor):
-            size = value.dtype.itemsize
             data = read_member(fd, archive, f"data/{value.storage.key}")
-            begin = value.offset * size
-            return Literal(value.dtype, value.shape, data[begin : begin + value.numel * size])
+            return Literal(value.dtype, value.shape, _gathered(value, data, archive.where))
         if type(value) in (dict, collections.OrderedDict):
             return type(value)((key, visit(item)) for key, item in value.items())
         if type(value) in (list, tuple):

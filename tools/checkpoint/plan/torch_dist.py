@@ -1,0 +1,422 @@
+"""Lay out a ``torch_dist`` checkpoint: global tensors in the chunks that the target's ranks load."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from megatron_moe.tools.checkpoint.model import buffers
+from megatron_moe.tools.checkpoint.model.arrays import Array
+from megatron_moe.tools.checkpoint.model.atoms import (
+    MASTER,
+    MOMENT1,
+    MOMENT2,
+    WEIGHT,
+    AtomId,
+    Part,
+)
+from megatron_moe.tools.checkpoint.model.boxes import Shape, boxes_of_range, row_major
+from megatron_moe.tools.checkpoint.model.buffers import Bucket, Parameter
+from megatron_moe.tools.checkpoint.model.inventory import Kind, Layer
+from megatron_moe.tools.checkpoint.model.layout import Coordinates
+from megatron_moe.tools.checkpoint.model.members import bucket_size
+from megatron_moe.tools.checkpoint.model.ranks import Rank
+from megatron_moe.tools.checkpoint.plan import state
+from megatron_moe.tools.checkpoint.plan.output import Drop, Target
+from megatron_moe.tools.checkpoint.plan.request import Resolved
+from megatron_moe.tools.checkpoint.plan.torch_files import buffer_dtypes
+from megatron_moe.tools.checkpoint.read.opened import Opened
+from megatron_moe.tools.checkpoint.stored.dtypes import FLOAT32, DType
+
+# Names in torch_dist that differ from the module's; the same for dense and local MoE layers.
+_DIST_NAMES = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "input_layernorm.bias": "self_attention.linear_qkv.layer_norm_bias",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+    "pre_mlp_layernorm.bias": "mlp.linear_fc1.layer_norm_bias",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Global:
+    """A global tensor of the target.
+
+    Args:
+        key: In ``torch_dist``, of the model.
+        array: Its atoms.
+        dtype: Of its weight.
+        chunks: Boxes with the rank that writes each.
+        trained: Whether the optimizer has states of it.
+    """
+
+    key: str
+    array: Array
+    dtype: DType
+    chunks: tuple[tuple[Shape, Shape, int], ...]
+    trained: bool
+
+
+class Globals:
+    """Lists the global tensors of a model at a layout."""
+
+    def __init__(self, source: Opened, to: Resolved) -> None:
+        self.source, self.to = source, to
+        self.inventory = source.inventory
+        layout = to.layout
+        self._per_stage = layout.tp * layout.dp
+        self._stage_of = {
+            layer: pp
+            for pp, chunks in enumerate(to.stages)
+            for stage in chunks
+            for layer in stage.layers
+        }
+        self._mtp_stage_of = {
+            layer: pp
+            for pp, chunks in enumerate(to.stages)
+            for stage in chunks
+            for layer in stage.mtp
+        }
+
+    def all(self) -> Iterator[Global]:
+        """Yield every tensor that a rule names."""
+        for name, kind in self.inventory.outer.kinds.items():
+            pp = 0 if name.startswith("embedding") else self.to.layout.pp - 1
+            shape = kind.shape
+            if kind.rule.vocabulary and self.to.vocabulary is not None:
+                shape = (self.to.vocabulary, *shape[1:])
+            yield self._global(name, name, [], kind, shape, [pp])
+        if self.to.stacked_layers:
+            yield from self._stacked()
+        else:
+            for number, layer in sorted(self.inventory.layers.items()):
+                yield from self._layer(f"decoder.layers.{number}.", layer, self._stage_of[number])
+        for number in sorted(self.inventory.mtp_outer):
+            prefix, pp = f"mtp.layers.{number}.", self._mtp_stage_of[number]
+            for name, kind in self.inventory.mtp_outer[number].kinds.items():
+                yield self._global(prefix + name, prefix + name, [], kind, kind.shape, [pp])
+            yield from self._layer(f"{prefix}transformer_layer.", self.inventory.mtp[number], pp)
+
+    def _stacked(self) -> Iterator[Global]:
+        layers = self.inventory.layers
+        stages = [self._stage_of[number] for number in sorted(layers)]
+        for name, kind in layers[0].kinds.items():
+            key = f"decoder.layers.{self._dist_name(name, layers[0])}"
+            atom = "decoder.layers.{layer}." + name
+            yield self._global(key, atom, ["layer"], kind, kind.shape, stages, layers[0])
+
+    def _layer(self, prefix: str, layer: Layer, pp: int) -> Iterator[Global]:
+        for name, kind in layer.kinds.items():
+            key = prefix + self._dist_name(name, layer)
+            yield self._global(key, prefix + name, [], kind, kind.shape, [pp], layer)
+
+    def _dist_name(self, name: str, layer: Layer) -> str:
+        if name.startswith("mlp.experts."):
+            return name.replace("mlp.experts.", "mlp.experts.experts.")
+        if self.source.dist_names and self.to.style.fused_norms == self.source.fused_norms:
+            return self.source.dist_names.get(name, name)
+        if self.to.style.fused_norms and layer.num_experts and name.startswith("pre_mlp"):
+            return name
+        return _DIST_NAMES.get(name, name)
+
+    def _global(
+        self,
+        key: str,
+        atom: str,
+        lead: list[str],
+        kind: Kind,
+        shape: Shape,
+        stages: list[int],
+        layer: Layer | None = None,
+    ) -> Global:
+        expert = kind.rule.name.startswith("mlp.experts.")
+        own = list(shape)
+        if kind.halves == 2:
+            own[0] *= 2
+        sizes = [len(stages)] if lead else []
+        if expert:
+            assert layer is not None
+            atom = atom.replace("mlp.experts.", "mlp.experts.{expert}.")
+            lead = [*lead, "expert"]
+            sizes.append(layer.num_experts)
+        array = Array(atom, (*sizes, *own), tuple(lead), (0,) * len(lead), kind.halves)
+        chunks = tuple(self._chunks(array, kind, stages, expert))
+        return Global(key, array, kind.dtype, chunks, not kind.rule.buffer)
+
+    def _chunks(
+        self, array: Array, kind: Kind, stages: list[int], expert: bool
+    ) -> Iterator[tuple[Shape, Shape, int]]:
+        layout = self.to.layout
+        count = layout.expert_tp if expert else layout.tp
+        cut = {"rows": 0, "columns": 1}.get(kind.rule.cut)
+        own = list(array.shape[len(array.lead) :])
+        own[0] //= kind.halves if own else 1
+        if cut is None:
+            count = 1
+        else:
+            own[cut] //= count
+        per_rank = array.shape[len(array.lead) - 1] // layout.ep if expert else 1
+        for index in product(*(range(n) for n in array.shape[: len(array.lead)])):
+            pp = stages[index[0]] if "layer" in array.lead else stages[0]
+            base = pp * self._per_stage
+            for half, part in product(range(kind.halves), range(count)):
+                start = [0] * len(own)
+                if own:
+                    start[0] = half * array.shape[len(array.lead)] // kind.halves
+                if cut is not None:
+                    start[cut] += part * own[cut]
+                rank = part + (index[-1] // per_rank * layout.expert_tp if expert else 0)
+                yield (*index, *start), (*(1,) * len(index), *own), base + rank
+
+
+class DistTarget:
+    """Lays the files out; ``build`` returns the target but for ``.metadata``'s bytes.
+
+    Chunks that the source holds with the same bytes are taken over as they are; see
+    :mod:`megatron_moe.tools.checkpoint.plan.keep`.
+    """
+
+    def __init__(self, source: Opened, to: Resolved, keep: Any) -> None:
+        self.source, self.to, self.keep = source, to, keep
+        self.target = Target()
+        self.args = state.arguments(source, to)
+        self.groups = state.member_groups(source, to) if to.optimizer else []
+        self.rank = Rank(source.inventory, to.layout, to.style, to.vocabulary)
+        self._tensors: dict[str, tuple[DType, Shape, list[tuple[Shape, Shape]]]] = {}
+        self._objects: dict[str, Any] = {}
+
+    def build(self) -> Target:
+        """Return the whole target."""
+        for tensor in Globals(self.source, self.to).all():
+            self._put(tensor.key, WEIGHT, tensor, tensor.dtype)
+            if tensor.trained and self.to.optimizer in ("plain", "fully_reshardable"):
+                self._put_states(tensor)
+        if self.to.optimizer == "dp_reshardable":
+            self._flat()
+        self._unknown()
+        self._random_states()
+        self._extra_states()
+        self._other_objects()
+        self._common()
+        return self.keep.finish(self)
+
+    def _put_states(self, tensor: Global) -> None:
+        master = "param" if self.to.optimizer == "fully_reshardable" else "fp32_param"
+        states = {MOMENT1: MOMENT1, MOMENT2: MOMENT2}
+        if self.to.optimizer == "fully_reshardable" or tensor.dtype != FLOAT32:
+            states[MASTER] = master
+        for role, name in states.items():
+            self._put(f"optimizer.state.{name}.{tensor.key}", role, tensor, FLOAT32)
+
+    def _put(self, key: str, role: str, tensor: Global, dtype: DType) -> None:
+        for start, shape, rank in tensor.chunks:
+            parts = list(tensor.array.parts(start, shape))
+            self.keep.chunk(self, key, start, shape, dtype, rank, [(role, p) for p in parts])
+        self._describe(key, dtype, tensor.array.shape, [(s, n) for s, n, _ in tensor.chunks])
+
+    def _describe(
+        self, key: str, dtype: DType, shape: Shape, chunks: list[tuple[Shape, Shape]]
+    ) -> None:
+        self._tensors[key] = (dtype, shape, chunks)
+
+    def _flat(self) -> None:
+        """Buffers of the distributed optimizer, as ``dp_reshardable`` keeps them."""
+        layout = self.to.layout
+        for pp, stages in enumerate(self.to.stages):
+            for tp in range(layout.tp):
+                place = Coordinates(tp, pp, 0, tp % layout.expert_tp)
+                chunks = [self.rank.parameters(stage, place) for stage in stages]
+                mine = [[p for p in chunk if not p.expert] for chunk in chunks]
+                self._group(
+                    0, tp + layout.tp * pp, pp, mine, layout.dp, pp * self._stage_ranks + tp
+                )
+            if len(self.groups) == 1:
+                continue
+            for ep, etp in product(range(layout.ep), range(layout.expert_tp)):
+                place = Coordinates(etp % layout.tp, pp, ep, etp)
+                chunks = [self.rank.parameters(stage, place) for stage in stages]
+                mine = [[p for p in chunk if p.expert] for chunk in chunks]
+                group = etp + layout.expert_tp * (ep + layout.ep * pp)
+                rank = pp * self._stage_ranks + ep * layout.expert_tp + etp
+                self._group(1, group, pp, mine, layout.expert_dp, rank)
+
+    @property
+    def _stage_ranks(self) -> int:
+        return self.to.layout.tp * self.to.layout.dp
+
+    def _group(
+        self, member: int, group: int, pp: int, chunks: list[list[Parameter]], dp: int, rank: int
+    ) -> None:
+        prefix = f"chained_{member}." if len(self.groups) > 1 else ""
+        prefix += f"optimizer.distributed.dp_group_idx_{group}."
+        numels: list[dict[Any, list[int]]] = []
+        unpadded: list[dict[Any, list[int]]] = []
+        for v, parameters in enumerate(chunks):
+            if not parameters:
+                continue
+            size = bucket_size(self.args, self.to.layout, pp, v)
+            found = buffers.cut(parameters, size, dp)
+            dtype = self.source.tensors.atoms[AtomId(next(parameters[0].array.names()))].dtype
+            types = buffer_dtypes(dtype, self.args)
+            shown = f"({types[0]!r}, {types[1]!r})"
+            for k, bucket in enumerate(found):
+                base = f"{prefix}gbuf_idx_{len(numels)}.dtype_{shown}.bucket_idx_{k}."
+                for name, role in (("param", MASTER), (MOMENT1, MOMENT1), (MOMENT2, MOMENT2)):
+                    self._bucket(base + name, role, bucket, dp, rank)
+            numels.append({types: [buffers.padded(b.numel, dp) for b in found]})
+            unpadded.append({types: [b.numel for b in found]})
+        objects: dict[str, Any] = {
+            "optimizer": {"param_groups": self.groups[member]},
+            "per_bucket_numel": numels,
+            "per_bucket_numel_unpadded": unpadded,
+        }
+        assert self.source.optimizer is not None
+        if self.source.optimizer.grad_scaler is not None:
+            objects["grad_scaler"] = self.source.optimizer.grad_scaler
+        for name, value in objects.items():
+            self.keep.object(self, f"{prefix}{name}/shard_0_1", value, rank)
+
+    def _bucket(self, key: str, role: str, bucket: Bucket, dp: int, rank: int) -> None:
+        """One chunk for each data-parallel rank: what it will load."""
+        step = buffers.padded(bucket.numel, dp) // dp
+        chunks = []
+        for first in range(0, bucket.numel, step):
+            last = min(first + step, bucket.numel)
+            parts: list[tuple[str, Part]] = []
+            for parameter, start in bucket.starts:
+                shape = parameter.array.shape
+                begin, end = max(first, start), min(last, start + parameter.numel)
+                for box, size, at in boxes_of_range(shape, begin - start, end - start):
+                    offset = start + at - first
+                    found = parameter.array.parts(box, size, offset, row_major(shape))
+                    parts += [(role, part) for part in found]
+            self.keep.chunk(self, key, (first,), (last - first,), FLOAT32, rank, parts)
+            chunks.append(((first,), (last - first,)))
+        self._describe(key, FLOAT32, (bucket.numel,), chunks)
+
+    def _unknown(self) -> None:
+        """Tensors that no rule names keep their chunks, and their optimizer states."""
+        for atom, held in self.source.tensors.atoms.items():
+            if atom.name not in self.source.unknown:
+                continue
+            if atom.role != WEIGHT and self.to.optimizer not in ("plain", "fully_reshardable"):
+                continue
+            master = "param" if self.to.optimizer == "fully_reshardable" else "fp32_param"
+            names = {WEIGHT: "", MASTER: f"optimizer.state.{master}."}
+            key = names.get(atom.role, f"optimizer.state.{atom.role}.") + atom.name
+            boxes = [(extent.start, extent.shape) for extent in held.extents]
+            for start, shape in boxes:
+                part = Part(atom.name, held.shape, start, shape, 0, row_major(shape))
+                self.keep.chunk(self, key, start, shape, held.dtype, 0, [(atom.role, part)])
+            self._describe(key, held.dtype, held.shape, boxes)
+
+    def _random_states(self) -> None:
+        layout = self.to.layout
+        for pp, tp in product(range(layout.pp), range(layout.tp)):
+            value = state.random_state(self.source, self.to, pp, tp, self.target)
+            if value is None:
+                continue
+            if self.to.dialect == "0.16" and layout.ep > 1:
+                for dp in range(layout.dp):
+                    at = f"{pp}.{tp}.{dp}_{layout.pp}.{layout.tp}.{layout.dp}"
+                    self.keep.object(self, f"rng_state/shard_{at}", value, pp * self._stage_ranks)
+            else:
+                key = f"rng_state/shard_{pp}.{tp}_{layout.pp}.{layout.tp}"
+                self.keep.object(self, key, value, pp * self._stage_ranks)
+
+    def _extra_states(self) -> None:
+        """Empty FP8 states that modules ask for, where the source is a legacy checkpoint."""
+        if self.source.location.form == "torch_dist":
+            return
+        owners = self.source.extra_states | {"mlp.experts.linear_fc1", "mlp.experts.linear_fc2"}
+        inventory = self.source.inventory
+        total = len(inventory.layers)
+        for number, layer in inventory.layers.items():
+            stacked = self.to.stacked_layers
+            prefix = "decoder.layers." if stacked else f"decoder.layers.{number}."
+            at, of = (f"{number}", f"{total}") if stacked else ("", "")
+            self._layer_extra(prefix, layer, owners, at, of)
+        for number, layer in inventory.mtp.items():
+            self._layer_extra(f"mtp.layers.{number}.transformer_layer.", layer, owners, "", "")
+            if "eh_proj" in owners:
+                key = f"mtp.layers.{number}.eh_proj._extra_state/shard_0_1"
+                self.keep.object(self, key, None, 0)
+
+    def _layer_extra(self, prefix: str, layer: Layer, owners: set[str], at: str, of: str) -> None:
+        for owner in sorted(owners):
+            if f"{owner}.weight" not in layer.kinds and owner != "self_attention.core_attention":
+                continue
+            name = f"{prefix}{owner}._extra_state/shard_"
+            if owner.startswith("mlp.experts."):
+                name = name.replace("mlp.experts.", "mlp.experts.experts.")
+                for expert in range(layer.num_experts):
+                    first = f"{at}." if at else ""
+                    last = f"{of}." if of else ""
+                    shard = f"{first}{expert}_{last}{layer.num_experts}"
+                    self.keep.object(self, name + shard, None, 0)
+            else:
+                self.keep.object(self, f"{name}{at or 0}_{of or 1}", None, 0)
+
+    def _other_objects(self) -> None:
+        """Objects of ``torch_dist`` that are neither state by rule nor the optimizer's."""
+        old, new = self.source.layout, self.to.layout
+        same = (old.world_size, old.tp, old.pp) == (new.world_size, new.tp, new.pp)
+        for key, place in self.source.objects.items():
+            if re.match(r"(common_state|rng_state)/|(chained_\d+\.)?optimizer\.", key):
+                continue
+            if key.startswith("rerun_state_machine_state/") and not same:
+                drop = Drop("rerun state machine", "it belongs to ranks that are gone")
+                if drop not in self.target.dropped:
+                    self.target.dropped.append(drop)
+                continue
+            self.keep.old_object(self, key, place)
+
+    def _common(self) -> None:
+        common = {key: value for key, value in self.source.common.items() if key != "optimizer"}
+        common["args"] = self.args
+        common.setdefault("checkpoint_version", 3.0)
+        content = dict(common.get("content_metadata") or {})
+        kind = self.to.optimizer
+        content.pop("distrib_optim_sharding_type", None)
+        if kind in ("dp_reshardable", "fully_reshardable"):
+            content["distrib_optim_sharding_type"] = kind
+        if kind == "fully_reshardable":
+            content.setdefault("distrib_optim_fully_reshardable_mem_efficient", False)
+        content["singleton_local_shards"] = False
+        content["chained_optim_avoid_prefix"] = True
+        common["content_metadata"] = content
+        if kind:
+            common["optimizer"] = self._optimizer_common()
+        self.keep.common(self, common)
+
+    def _optimizer_common(self) -> Any:
+        optimizer = self.source.optimizer
+        assert optimizer is not None
+        members: list[dict[str, Any]] = []
+        for groups in self.groups:
+            if self.to.optimizer == "dp_reshardable":
+                members.append({"param_state_sharding_type": "dp_reshardable"})
+                continue
+            inner: dict[str, Any] = {"param_groups": groups}
+            if self.to.optimizer == "plain":
+                members.append(self._plain_member(inner))
+                continue
+            member = {"optimizer": inner, "param_state_sharding_type": "fully_reshardable"}
+            if optimizer.grad_scaler is not None:
+                member["grad_scaler"] = optimizer.grad_scaler
+            members.append(member)
+        return members[0] if len(members) == 1 else dict(enumerate(members))
+
+    def _plain_member(self, inner: dict[str, Any]) -> dict[str, Any]:
+        optimizer = self.source.optimizer
+        assert optimizer is not None
+        if state.torch_adam(optimizer):
+            inner["state"] = {"common_step": state.step_tensor(optimizer)}
+        if not any(getattr(self.args, name, False) for name in ("bf16", "fp16")):
+            return inner
+        member: dict[str, Any] = {"optimizer": inner}
+        if optimizer.grad_scaler is not None:
+            member["grad_scaler"] = optimizer.grad_scaler
+        return member

@@ -1,0 +1,1 @@
+"""From plan to published files: workers, journal, atomic publication."""
