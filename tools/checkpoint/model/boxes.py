@@ -67,7 +67,10 @@ def fault_of_cover(boxes: list[tuple[Shape, Shape]], shape: Shape) -> str | None
     covered = 0
     ordered = sorted(boxes)
     for i, (start, size) in enumerate(ordered):
-        if any(s < 0 or s + n > whole for s, n, whole in zip(start, size, shape, strict=True)):
+        inside = len(start) == len(size) == len(shape) and all(
+            0 <= s and s + n <= whole for s, n, whole in zip(start, size, shape, strict=True)
+        )
+        if not inside:
             return f"the part at {start} of shape {size} lies outside {shape}"
         covered += prod(size)
         for other, other_size in ordered[i + 1 :]:

@@ -38,6 +38,13 @@ def arguments(source: Opened, to: Resolved) -> Namespace:
         "decoder_last_pipeline_num_layers": to.pipeline.last,
         "ckpt_format": to.form,
     }
+    old = source.layout
+    moved = (old.tp, old.pp) != (layout.tp, layout.pp)
+    # Megatron asks for what the arguments say was saved.
+    if to.form == "torch_dist" and (moved or not any(source.rng.values())):
+        changes["no_save_rng"] = True
+    if to.optimizer is None:
+        changes["no_save_optim"] = True
     if to.vocabulary is not None:
         changes["padded_vocab_size"] = to.vocabulary
     if layout.tp == 1:

@@ -67,10 +67,10 @@ def locate(path: Path, iteration: int | None = None) -> Location:
 
 
 def _tracked(tracker: Path) -> int | str:
-    text = tracker.read_text().strip()
+    text = tracker.read_text(errors="replace").strip()
     if text == "release":
         return text
-    if not text.isdigit():
+    if not text.isdecimal():
         raise CheckpointError(
             f"{tracker}: holds {text[:40]!r}, neither a number nor 'release'; pass --iteration"
         )
@@ -79,7 +79,7 @@ def _tracked(tracker: Path) -> int | str:
 
 def _number(folder: Path) -> int | str:
     digits = folder.name.removeprefix("iter_")
-    return int(digits) if digits.isdigit() else "release"
+    return int(digits) if digits.isdecimal() else "release"
 
 
 def _form(folder: Path) -> str:
@@ -87,9 +87,12 @@ def _form(folder: Path) -> str:
         import json
 
         try:
-            backend = json.loads((folder / "metadata.json").read_text()).get("sharded_backend")
+            said = json.loads((folder / "metadata.json").read_text())
         except ValueError as fault:
             raise CheckpointError(f"{folder / 'metadata.json'}: not JSON: {fault}") from fault
+        if not isinstance(said, dict):
+            raise CheckpointError(f"{folder / 'metadata.json'}: not a JSON object")
+        backend = said.get("sharded_backend")
         if backend != "torch_dist":
             raise CheckpointError(
                 f"{folder}: format {backend!r} is not read. zarr ended with Megatron 0.15: load it "

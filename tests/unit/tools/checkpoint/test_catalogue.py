@@ -7,7 +7,7 @@ from megatron_moe.tools.checkpoint.model import catalogue
 from megatron_moe.tools.checkpoint.model.catalogue import (
     Rule,
     atom_template,
-    is_extra_state,
+    extra_state_owner,
     parse_dist_key,
     parse_module_key,
 )
@@ -151,11 +151,26 @@ def test_other_names_are_not_understood(name):
     assert parse_dist_key(name) is None
 
 
-def test_extra_states():
-    assert is_extra_state(f"{L}self_attention.linear_qkv._extra_state")
-    assert is_extra_state(f"{L}mlp.experts.linear_fc1._extra_state3")
-    assert is_extra_state("decoder.layers.mlp.experts.experts.linear_fc1._extra_state/shard_1.2_4.8")
-    assert not is_extra_state(f"{L}self_attention.linear_qkv.weight")
+@pytest.mark.parametrize(
+    ("key", "owner"),
+    [
+        (f"{L}self_attention.linear_qkv._extra_state", "self_attention.linear_qkv"),
+        (f"{L}mlp.experts.linear_fc1._extra_state3", "mlp.experts.linear_fc1"),
+        (f"{L}mlp.experts.local_experts.2.linear_fc1._extra_state", "mlp.experts.linear_fc1"),
+        (
+            "decoder.layers.mlp.experts.experts.linear_fc1._extra_state/shard_1.2_4.8",
+            "mlp.experts.linear_fc1",
+        ),
+        ("decoder.layers.1.mlp.experts.experts.5.linear_fc2._extra_state/shard_0_1", "mlp.experts.linear_fc2"),
+        ("mtp.layers.0.transformer_layer.mlp.linear_fc1._extra_state", "mlp.linear_fc1"),
+        ("mtp.layers.0.eh_proj._extra_state/shard_0_1", "eh_proj"),
+        ("output_layer._extra_state", "output_layer"),
+        (f"{L}self_attention.linear_qkv.weight", None),
+        ("rng_state/shard_0.0_1.1", None),
+    ],
+)  # fmt: skip
+def test_extra_states(key, owner):
+    assert extra_state_owner(key) == owner
 
 
 def test_cuts_are_those_of_megatron():
