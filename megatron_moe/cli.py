@@ -11,6 +11,18 @@ COMMANDS = {
     "run": ("megatron_moe.launch:command", "Start a training script with the plugin active."),
     "demo": ("megatron_moe.tools.demo:command", "Train a dense and an MoE GPT on this machine."),
     "data": ("megatron_moe.tools.data:command", "Turn text into Megatron's .bin and .idx."),
+    "inspect": (
+        "megatron_moe.tools.checkpoint.cli:inspect_command",
+        "Say what a checkpoint is: layout, experts, optimizer, faults.",
+    ),
+    "reshard": (
+        "megatron_moe.tools.checkpoint.cli:reshard_command",
+        "Rewrite a checkpoint for another layout or format.",
+    ),
+    "verify": (
+        "megatron_moe.tools.checkpoint.cli:verify_command",
+        "Prove a checkpoint whole, or two equal.",
+    ),
     "doctor": ("megatron_moe.doctor:command", "Say what is installed, and what it enables."),
     "patches": ("megatron_moe.patches.listing:command", "List the patches, and whether they fit."),
 }

@@ -115,7 +115,10 @@ def atoms(recipe: Recipe, role: str = "weight") -> dict[str, np.ndarray]:
     """Return every atom of the model by the tools' name."""
     out = {}
     ends = [("embedding.word_embeddings.weight", (VOCAB, HIDDEN))]
-    ends += [("decoder.final_layernorm.weight", (HIDDEN,)), ("output_layer.weight", (VOCAB, HIDDEN))]
+    ends += [
+        ("decoder.final_layernorm.weight", (HIDDEN,)),
+        ("output_layer.weight", (VOCAB, HIDDEN)),
+    ]
     for name, shape in ends:
         out[name] = value(name, shape, role).numpy()
     for layer in range(recipe.layers):
@@ -219,7 +222,11 @@ def _distributed(recipe: Recipe, place: tuple[int, int, int, int]) -> Any:
     weights = local_state(recipe, *place)
     for names in _members(recipe, weights):
         buffers = {}
-        for key, role in (("param", "master"), ("exp_avg", "exp_avg"), ("exp_avg_sq", "exp_avg_sq")):
+        for key, role in (
+            ("param", "master"),
+            ("exp_avg", "exp_avg"),
+            ("exp_avg_sq", "exp_avg_sq"),
+        ):
             mine = local_state(recipe, *place, role)
             buffers[key] = flat({name: mine[name] for name in names})
         buffers["numel_unpadded"] = len(buffers["param"])
@@ -348,7 +355,11 @@ def contents(recipe: Recipe) -> Saved:
         common["optimizer"] = dict(enumerate(groups)) if recipe.separate else groups
     if recipe.optimizer in ("fully", "plain"):
         master = "param" if recipe.optimizer == "fully" else "fp32_param"
-        for role, name in (("master", master), ("exp_avg", "exp_avg"), ("exp_avg_sq", "exp_avg_sq")):
+        for role, name in (
+            ("master", master),
+            ("exp_avg", "exp_avg"),
+            ("exp_avg_sq", "exp_avg_sq"),
+        ):
             for key, whole in dist_tensors(recipe, role).items():
                 saved.tensors[f"optimizer.state.{name}.{key}"] = (
                     tuple(whole.shape),
@@ -391,9 +402,7 @@ def dist_tensors(recipe: Recipe, role: str = "weight") -> dict[str, torch.Tensor
     return out
 
 
-def _chunks(
-    whole: torch.Tensor, recipe: Recipe
-) -> list[tuple[tuple[int, ...], torch.Tensor]]:
+def _chunks(whole: torch.Tensor, recipe: Recipe) -> list[tuple[tuple[int, ...], torch.Tensor]]:
     """Cut along the first axis, and along the last where TP divides it."""
     out = []
     for i, row in enumerate(whole.split(max(1, whole.shape[0] // 2))):

@@ -53,7 +53,8 @@ def target_run(source: SavedRun, to: To) -> SavedRun:
         form=to.form,
         optimizer=optimizer,
         flags=(*flags, *to.flags),
-        overlap=False,
+        # Flat buffers are cut as the run's arguments say; Megatron cannot load `fully` in several.
+        overlap=source.overlap and optimizer == "distributed",
     )
 
 

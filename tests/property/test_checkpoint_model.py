@@ -1,6 +1,6 @@
 """Laws of the model of checkpoints: every element once, whatever the layout."""
 
-from itertools import product
+from itertools import pairwise, product
 from math import prod
 
 import numpy as np
@@ -41,7 +41,9 @@ BOX = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 4)), min_size=1, max_
 @given(st.data())
 def test_overlap_is_symmetric_and_right(data):
     a = data.draw(BOX)
-    b = data.draw(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 4)), min_size=len(a), max_size=len(a)))
+    b = data.draw(
+        st.lists(st.tuples(st.integers(0, 6), st.integers(0, 4)), min_size=len(a), max_size=len(a))
+    )
 
     def split(box):
         return tuple(s for s, _ in box), tuple(n for _, n in box)
@@ -59,7 +61,8 @@ def test_overlap_is_symmetric_and_right(data):
 def test_faults_of_a_cover_are_those_of_counting(shape, data):
     boxes = data.draw(
         st.lists(
-            st.tuples(*(st.tuples(st.integers(0, n - 1), st.integers(1, n)) for n in shape)), max_size=5
+            st.tuples(*(st.tuples(st.integers(0, n - 1), st.integers(1, n)) for n in shape)),
+            max_size=5,
         )
     )
     count = np.zeros(shape, int)
@@ -112,7 +115,11 @@ def stored(array: Array, atoms: dict[str, np.ndarray]) -> np.ndarray:
         base = array.template
         for axis, first, i in zip(array.lead, array.first, index, strict=True):
             base = base.replace("{" + axis + "}", str(first + i))
-        halves = [".gate", ".up"] if array.halves == 2 else [["", ".gate", ".up"][(array.half if array.half is not None else -1) + 1]]
+        halves = (
+            [".gate", ".up"]
+            if array.halves == 2
+            else [["", ".gate", ".up"][(array.half if array.half is not None else -1) + 1]]
+        )
         pieces = []
         for half in halves:
             atom = atoms[base + half]
@@ -130,7 +137,9 @@ def apply(parts, storage: np.ndarray, filled: dict[str, np.ndarray], taken: dict
         box = tuple(slice(s, s + n) for s, n in zip(part.start, part.shape, strict=True))
         for cell in np.ndindex(part.shape):
             at = part.offset + sum(i * s for i, s in zip(cell, part.strides, strict=True))
-            filled[part.name][tuple(s + i for s, i in zip(part.start, cell, strict=True))] = storage[at]
+            filled[part.name][tuple(s + i for s, i in zip(part.start, cell, strict=True))] = (
+                storage[at]
+            )
         taken[part.name][box] += 1
 
 
@@ -161,7 +170,7 @@ def test_parts_of_chunks_are_every_atom_once(slices, data):
         edges = [
             sorted({0, n, *data.draw(st.lists(st.integers(0, n), max_size=2))}) for n in array.shape
         ]
-        for ends in product(*(list(zip(e, e[1:], strict=False)) for e in edges)):
+        for ends in product(*(list(pairwise(e)) for e in edges)):
             start = tuple(a for a, _ in ends)
             shape = tuple(b - a for a, b in ends)
             chunk = content[tuple(slice(a, b) for a, b in ends)]
@@ -218,7 +227,11 @@ def test_custom_layouts_hold_every_layer_once_and_in_order(pp, vpp, data):
     texts = []
     for count in counts:
         cut_at = data.draw(st.integers(0, count))
-        texts.append(data.draw(st.sampled_from(["t" * count, f"t*{cut_at}" + "t" * (count - cut_at)])) if count else "")
+        texts.append(
+            data.draw(st.sampled_from(["t" * count, f"t*{cut_at}" + "t" * (count - cut_at)]))
+            if count
+            else ""
+        )
     text = "E" + "|".join(texts) + "L"
     layout = Layout(pp=pp, vpp=vpp)
     cells = flat_cells(Pipeline(num_layers=sum(counts), text=text).stages(layout), layout)
@@ -267,7 +280,11 @@ def test_flat_buffers(sizes, bucket_size, data):
             assert 0 <= start - end < 64
             end = start + parameter.numel
         assert end <= bucket.numel < end + 64
-        assert bucket_size is None or len(bucket.starts) == 1 or bucket.starts[-1][1] < bucket_size + 64
+        assert (
+            bucket_size is None
+            or len(bucket.starts) == 1
+            or bucket.starts[-1][1] < bucket_size + 64
+        )
         if any(p.shared for p, _ in bucket.starts):
             assert len(bucket.starts) == 1
     if bucket_size is None and shared is None:

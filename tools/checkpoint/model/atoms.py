@@ -70,6 +70,7 @@ class Record:
         dtype: Of the elements.
         numel: Elements.
         label: What it holds, for messages.
+        shape: Of the tensor that was pickled with it, where it is a chunk.
     """
 
     path: str
@@ -78,6 +79,7 @@ class Record:
     dtype: DType
     numel: int
     label: str
+    shape: Shape | None = None
 
     @property
     def nbytes(self) -> int:

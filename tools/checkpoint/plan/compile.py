@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from megatron_moe.tools.checkpoint.errors import CheckpointError
 from megatron_moe.tools.checkpoint.model.atoms import MASTER, WEIGHT, AtomId, Extent, Held
-from megatron_moe.tools.checkpoint.model.boxes import Shape, fault_of_cover, overlap
+from megatron_moe.tools.checkpoint.model.boxes import Shape, fault_of_cover
 from megatron_moe.tools.checkpoint.model.catalogue import EMBEDDING, OUTPUT
 from megatron_moe.tools.checkpoint.plan.keep import Keeper
 from megatron_moe.tools.checkpoint.plan.output import Drop, Target
@@ -266,11 +266,3 @@ def _unused(source: Opened, target: Target, to: Resolved) -> list[Drop]:
         )
         drops.append(Drop(f"optimizer state {role}", reason, elements))
     return drops
-
-
-def overlapping(job: Job, first: int, last: int, extent: Extent) -> tuple[Shape, Shape] | None:
-    """Return the part of an extent in rows ``[first, last)`` of the atom."""
-    if not job.shape:
-        return (), ()
-    rest = tuple(max(a, b) for a, b in zip(job.shape[1:], job.held_shape[1:], strict=True))
-    return overlap(extent.start, extent.shape, (first, *(0,) * len(rest)), (last - first, *rest))

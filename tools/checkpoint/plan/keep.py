@@ -52,10 +52,8 @@ class Keeper:
     ) -> None:
         """Place one chunk: taken over, or new in the file of ``rank``."""
         target: Target = dist.target
-        numel = 1
-        for size in shape:
-            numel *= size
-        signature = (dtype.name, numel, _signature(parts))
+        # torch restores a chunk in the shape it was pickled in, so the shape must be the same too.
+        signature = (dtype.name, shape, _signature(parts))
         record = self._known.get(signature)
         if record is not None:
             stored = self.source.tensors.records[record]
@@ -157,7 +155,7 @@ def _signature(parts: list[tuple[str, Part]]) -> frozenset:
     return frozenset((role, p.name, p.start, p.shape, p.offset, p.strides) for role, p in parts)
 
 
-def _signatures(source: Opened) -> dict[tuple[str, int, frozenset], int]:
+def _signatures(source: Opened) -> dict[tuple[str, Shape | None, frozenset], int]:
     """What each record of the source holds."""
     by_record: dict[int, list] = defaultdict(list)
     for atom, held in source.tensors.atoms.items():
@@ -167,7 +165,7 @@ def _signatures(source: Opened) -> dict[tuple[str, int, frozenset], int]:
             )
     records = source.tensors.records
     return {
-        (records[number].dtype.name, records[number].numel, frozenset(parts)): number
+        (records[number].dtype.name, records[number].shape, frozenset(parts)): number
         for number, parts in by_record.items()
     }
 

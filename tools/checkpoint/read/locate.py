@@ -57,10 +57,10 @@ def locate(path: Path, iteration: int | None = None) -> Location:
     chosen: int | str = iteration if iteration is not None else _tracked(tracker)
     folder = path / folder_name(chosen)
     if not folder.is_dir():
-        found = ", ".join(sorted(p.name for p in path.glob("iter_*"))[-3:]) or "no iteration"
+        there = ", ".join(sorted(p.name for p in path.glob("iter_*"))[-3:]) or "no iteration"
         source = f"{TRACKER} names" if iteration is None else "--iteration asks for"
         raise CheckpointError(
-            f"{path}: {source} {folder.name}, which does not exist; there is {found}. "
+            f"{path}: {source} {folder.name}, which does not exist; there is {there}. "
             "Pass --iteration with one that exists"
         )
     return Location(folder, chosen, _form(folder))

@@ -14,6 +14,7 @@ from megatron_moe.tools.checkpoint.model.ranks import Rank, Style
 from megatron_moe.tools.checkpoint.read import optimizers, torch_dist, torch_files
 from megatron_moe.tools.checkpoint.read.locate import locate
 from megatron_moe.tools.checkpoint.read.opened import Opened
+from megatron_moe.tools.checkpoint.stored.dtypes import FLOAT32
 
 
 def open_checkpoint(
@@ -48,7 +49,7 @@ def open_checkpoint(
             optimizers.read_dist(opened, collector, flat, trusted, _rank_parameters(opened))
     _check_whole(opened)
     opened.inventory = take(opened.tensors.atoms)
-    _check_experts_said(opened)
+    _check_arguments(opened)
     if optimizer:
         _check_optimizer(opened)
     return opened
@@ -115,13 +116,23 @@ def _check_whole(opened: Opened) -> None:
             raise CheckpointError(f"{opened.folder}: {atom}: {fault}: it is not whole")
 
 
-def _check_experts_said(opened: Opened) -> None:
-    said = getattr(opened.args, "num_experts", None) or 0
-    found = opened.inventory.num_experts
-    if isinstance(said, int) and said != found:
-        raise CheckpointError(
-            f"{opened.folder}: its arguments say {said} experts, its tensors hold {found}"
-        )
+def _check_arguments(opened: Opened) -> None:
+    """Compare the arguments' numbers with what was found."""
+    inventory = opened.inventory
+    found = {
+        "num_experts": ("experts", inventory.num_experts),
+        "num_layers": ("layers", len(inventory.layers)),
+        "mtp_num_layers": ("MTP layers", len(inventory.mtp_outer)),
+    }
+    for name, (what, count) in found.items():
+        said = getattr(opened.args, name, count) or 0
+        # Layers may consist of nothing but tensors that no rule names.
+        sure = what == "experts" or not inventory.unknown
+        if isinstance(said, int) and said != count and sure:
+            raise CheckpointError(
+                f"{opened.folder}: its arguments say {said} {what}, its tensors hold {count}: "
+                "files are missing, or of different runs"
+            )
 
 
 def _check_optimizer(opened: Opened) -> None:
@@ -130,11 +141,19 @@ def _check_optimizer(opened: Opened) -> None:
     states = {role for role in STATES if any(a.role == role for a in atoms)}
     if not states:
         return
-    for atom in [a for a in atoms if a.role == WEIGHT]:
-        if atom.name.endswith(("expert_bias", "local_tokens_per_expert")):
+    for atom, weight in atoms.items():
+        if atom.role != WEIGHT or atom.name.endswith(("expert_bias", "local_tokens_per_expert")):
             continue
-        for role in states - {MASTER}:
-            if AtomId(atom.name, role) not in atoms and atom.name not in opened.unknown:
+        for role in sorted(states):
+            held = atoms.get(AtomId(atom.name, role))
+            if held is not None and held.shape != weight.shape:
+                raise CheckpointError(
+                    f"{opened.folder}: {AtomId(atom.name, role)} has shape {list(held.shape)}, its "
+                    f"weight {list(weight.shape)}: files of different runs were mixed"
+                )
+            # Weights in float32 may be their own masters.
+            optional = role == MASTER and weight.dtype == FLOAT32
+            if held is None and not optional and atom.name not in opened.unknown:
                 raise CheckpointError(
                     f"{opened.folder}: {atom.name} has no {role}, others have: the optimizer state "
                     "is not whole (frozen parameters?). Pass --optim drop to reshard the weights"

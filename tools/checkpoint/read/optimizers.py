@@ -197,11 +197,17 @@ def _read_distributed(
             where = f"{path}: optimizer {number}, model chunk {v}"
             size = bucket_size(opened.args, opened.layout, file.place.pp, v)
             dp = opened.layout.expert_dp if parameters[0].expert else opened.layout.dp
-            found = _coalesced(parameters, int(tensors["numel_unpadded"]), size, dp, where)
+            numel = int(tensors["numel_unpadded"])
+            found = _coalesced(parameters, numel, size, dp, where)
             for state, role in _ROLES.items():
                 tensor = tensors.get(state)
                 if tensor is None:
                     raise CheckpointError(f"{where}: lacks {state}: only Adam's state is read")
+                if tensor.shape != (numel,):
+                    raise CheckpointError(
+                        f"{where}: {state} has shape {list(tensor.shape)}, the buffer {numel} "
+                        "elements: the file is damaged. Restore it from a copy"
+                    )
                 record = records.of(path, zipped.members, tensor, f"{state} of chunk {v}")
                 opened.tensors.gaps.add(record)
                 begin = 0
@@ -329,7 +335,7 @@ def _read_flat(
     held = [chunk for chunk in chunks if chunk]
     if buffer >= len(held):
         raise CheckpointError(f"{where}: its arguments say {len(held)} buffers on that rank")
-    lengths = [stored.shape[0] for _, stored in sorted(states["param"].items())]
+    lengths = _bucket_lengths(states, where)
     found = buffers.cut_by_lengths(held[buffer], lengths)
     if isinstance(found, str):
         raise CheckpointError(
@@ -340,6 +346,20 @@ def _read_flat(
     for state, by_bucket in states.items():
         for number, bucket in enumerate(found):
             _add_flat(collector, _ROLES[state], bucket, by_bucket[number], where)
+
+
+def _bucket_lengths(states: dict[str, dict[int, Stored]], where: str) -> list[int]:
+    """Return the buckets' lengths, on which the three states must agree."""
+    by_state = {
+        state: [stored.shape for _, stored in sorted(states.get(state, {}).items())]
+        for state in _ROLES
+    }
+    if len({tuple(shapes) for shapes in by_state.values()}) > 1:
+        raise CheckpointError(
+            f"{where}: its states have buckets of unlike shapes, {by_state}: the save is not "
+            "complete, or not of Adam. Pass --optim drop to reshard the weights"
+        )
+    return [length for (length,) in by_state["param"]]
 
 
 def _add_flat(collector: Collector, role: str, bucket: Bucket, stored: Stored, where: str) -> None:

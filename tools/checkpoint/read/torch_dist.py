@@ -7,6 +7,7 @@ import re
 from argparse import Namespace
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_moe.tools.checkpoint.errors import CheckpointError
@@ -79,10 +80,12 @@ def read(
     folder = location.folder
     metadata = pickles.load((folder / METADATA).read_bytes(), str(folder / METADATA), trusted)
     state = getattr(metadata, "_state", None)
-    if not isinstance(state, dict) or "state_dict_metadata" not in state:
+    parts = ("state_dict_metadata", "storage_data")
+    if not isinstance(state, dict) or not all(isinstance(state.get(p), dict) for p in parts):
         raise CheckpointError(f"{folder / METADATA}: does not hold torch's checkpoint metadata")
     places = _places(state["storage_data"], location)
     objects = {key: place for (key, offset), place in places.items() if offset is None}
+    _check_files(location, places)
     common = _common(location, objects, trusted)
     args = common.pop("args", None)
     if not isinstance(args, Namespace):
@@ -93,7 +96,9 @@ def read(
     )
     result.objects = objects
     result.extra_states = {owner for owner in map(extra_state_owner, objects) if owner}
-    _check_files(result, places)
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            result.files[str(path.relative_to(folder))] = path.stat().st_size
     original = _original_shapes(state)
     flat = []
     for key, info in state["state_dict_metadata"].items():
@@ -120,11 +125,17 @@ def _places(storage: dict, location: Location) -> dict[tuple[str, Shape | None],
                 f"{location.folder}: {index.fqn} is stored compressed (transform "
                 f"{info.transform_descriptors}): save without transforms"
             )
+        path = Path(info.relative_path)
+        if path.is_absolute() or ".." in path.parts:
+            raise CheckpointError(
+                f"{location.folder}: {METADATA} places {index.fqn} in {str(path)!r}, outside its "
+                "folder: it was tampered with"
+            )
         places[index.fqn, start] = Object(info.relative_path, info.offset, info.length)
     return places
 
 
-def _check_files(result: Opened, places: dict[tuple[str, Shape | None], Object]) -> None:
+def _check_files(location: Location, places: dict[tuple[str, Shape | None], Object]) -> None:
     """Compare each file's size with what the metadata places in it."""
     needed: dict[str, tuple[int, str]] = {}
     for (key, _), place in places.items():
@@ -132,7 +143,7 @@ def _check_files(result: Opened, places: dict[tuple[str, Shape | None], Object])
         if end > needed.get(place.path, (-1, ""))[0]:
             needed[place.path] = (end, key)
     for name, (end, key) in sorted(needed.items()):
-        path = result.folder / name
+        path = location.folder / name
         if not path.is_file():
             raise CheckpointError(
                 f"{path}: missing; {METADATA} places {key} in it: complete the copy, or take "
@@ -143,9 +154,6 @@ def _check_files(result: Opened, places: dict[tuple[str, Shape | None], Object])
                 f"{path}: truncated: {path.stat().st_size} bytes, {METADATA} places {key} up to "
                 f"byte {end}. Restore it from a copy"
             )
-    for path in sorted(result.folder.rglob("*")):
-        if path.is_file():
-            result.files[str(path.relative_to(result.folder))] = path.stat().st_size
 
 
 def read_object(
@@ -182,6 +190,11 @@ def _common(
         value = pickles.load(archive.read_member(fd, opened, "data.pkl"), str(path), trusted)
     try:
         loaded: dict[str, Any] = pickles.inlined(value, fd, opened)
+        if not isinstance(loaded, dict):
+            raise CheckpointError(
+                f"{opened.where}: holds {type(loaded).__name__}, not the state that ranks share: "
+                "not saved by Megatron's training loop"
+            )
         return loaded
     finally:
         os.close(fd)
@@ -228,7 +241,7 @@ def _stored(key: str, info: Any, places: dict, collector: Collector, location: L
         numel = 1
         for n in size:
             numel *= n
-        record = Record(place.path, (place.offset, place.length), "0", dtype, numel, key)
+        record = Record(place.path, (place.offset, place.length), "0", dtype, numel, key, size)
         chunks.append(Chunk(start, size, collector.record(record)))
     fault = fault_of_cover([(c.start, c.shape) for c in chunks], shape)
     if fault:
@@ -246,6 +259,12 @@ def _add(stored: Stored, result: Opened, collector: Collector, original: Shape |
             "fp32_param, exp_avg and exp_avg_sq are). Pass --optim drop to reshard the weights"
         )
     array = array_of(model_key, original or stored.shape, result, role)
+    layers = getattr(result.args, "num_layers", None)
+    if array.lead[:1] == ("layer",) and layers is not None and array.shape[0] != layers:
+        raise CheckpointError(
+            f"{result.folder}: {stored.key} holds {array.shape[0]} layers, its arguments say "
+            f"{layers}: files of different runs were mixed"
+        )
     for chunk in stored.chunks:
         if original is not None:
             for part in _grid_parts(array, stored.shape, original, chunk):

@@ -380,7 +380,13 @@ def local_array(
     halves = 2 if key.rule.gated and is_gated(args) else 1
     if key.expert is None:
         return Array(template, shape, halves=halves, cut=cut, index=index, count=count), None
-    local = int(args.num_experts) // layout.ep
+    experts = getattr(args, "num_experts", None)
+    if not experts or experts % layout.ep:
+        raise CheckpointError(
+            f"{file.path}: holds {name}, its arguments say {experts} experts with EP {layout.ep}: "
+            "files of different runs were mixed"
+        )
+    local = experts // layout.ep
     first = place.ep * local
     if not key.stacked:
         template = template.replace("{expert}", str(first + key.expert))

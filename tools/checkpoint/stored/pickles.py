@@ -10,14 +10,12 @@ other is refused by name, and so is anything of a module that can act on the mac
 
 from __future__ import annotations
 
-import _compat_pickle
 import argparse
 import builtins
 import collections
 import copyreg
 import io
 import pickle
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -25,6 +23,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from megatron_moe.tools.checkpoint.errors import CheckpointError
+from megatron_moe.tools.checkpoint.stored import names
 from megatron_moe.tools.checkpoint.stored.dtypes import BY_NAME, BY_STORAGE, DType
 
 _PROTOCOL = 2
@@ -38,55 +37,6 @@ _REAL: dict[tuple[str, str], Any] = {
     for name in ("set", "frozenset", "complex", "slice", "range", "bytearray", "bytes", "int",
                  "float", "str", "bool", "list", "dict", "tuple", "object")
 }  # fmt: skip
-# Functions that rebuild data and do nothing else. Inert here, real where the output is loaded.
-_REBUILD = {
-    ("_codecs", "encode"),
-    ("copyreg", "_reconstructor"),
-    ("numpy", "dtype"),
-    ("numpy", "ndarray"),
-    *(
-        (f"numpy.{core}.{module}", name)
-        for core in ("core", "_core")
-        for module, names in {
-            "multiarray": ("_reconstruct", "scalar"),
-            "numeric": ("_frombuffer",),
-        }.items()
-        for name in names
-    ),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
-    ("torch._utils", "_rebuild_tensor"),
-    ("torch._utils", "_rebuild_tensor_v2"),
-    ("torch._utils", "_rebuild_tensor_v3"),
-    ("torch._utils", "_rebuild_parameter"),
-    ("torch._utils", "_rebuild_parameter_with_state"),
-    ("torch._tensor", "_rebuild_from_type_v2"),
-    ("torch", "device"),
-}
-# Values of Python's own library that arguments may hold. No other name of it passes.
-_VALUES = {
-    *(("datetime", name) for name in ("date", "datetime", "time", "timedelta", "timezone")),
-    *(
-        (module, name)
-        for module in ("pathlib", "pathlib._local")
-        for name in ("Path", "PosixPath", "PurePath", "PurePosixPath", "WindowsPath")
-    ),
-    *((module, "BytesIO") for module in ("io", "_io")),
-    ("collections", "Counter"),
-    ("collections", "deque"),
-    ("decimal", "Decimal"),
-    ("fractions", "Fraction"),
-    ("types", "SimpleNamespace"),
-    ("uuid", "UUID"),
-    ("signal", "Handlers"),
-    ("signal", "Signals"),
-}
-# Libraries and parts of libraries whose classes build, load or fetch code.
-_ACTING = (
-    "distutils", "pip", "pkg_resources", "setuptools", "requests", "numpy.distutils", "numpy.f2py",
-    "numpy.testing", "torch._dynamo", "torch._inductor", "torch.hub", "torch.jit", "torch.package",
-    "torch.utils.cpp_extension",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +78,7 @@ class _Named(type):
     foreign: tuple[str, str]
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        made = object.__new__(cls)
+        made: Any = object.__new__(cls)  # type: ignore[arg-type]
         made._args, made._called = args, True
         return made
 
@@ -202,7 +152,7 @@ def foreign(module: str, name: str) -> type[Inert]:
     """Return the inert class that stands for ``module.name``."""
     key = (module, name)
     if key not in _CLASSES:
-        _CLASSES[key] = _Named(name, (Inert,), {"foreign": key})
+        _CLASSES[key] = _Named(name, (Inert,), {"foreign": key})  # type: ignore[assignment]
     return _CLASSES[key]
 
 
@@ -225,35 +175,16 @@ def torch_dtype(dtype: DType) -> type[Inert]:
     return foreign("torch", dtype.name)
 
 
-def _modern(module: str, name: str) -> tuple[str, str]:
-    """Return what Python takes an old pickle's name for: ``commands.Popen`` is subprocess's."""
-    if (module, name) in _compat_pickle.NAME_MAPPING:
-        return _compat_pickle.NAME_MAPPING[module, name]
-    return _compat_pickle.IMPORT_MAPPING.get(module, module), name
-
-
-def _allowed(module: str, name: str, trusted: frozenset[str]) -> bool:
-    if (module, name) in _REBUILD | _VALUES or f"{module}.{name}" in trusted:
-        return True
-    if module.partition(".")[0] in sys.stdlib_module_names or "." in name:
-        return False
-    if any(f"{module}.".startswith(f"{acting}.") for acting in _ACTING):
-        return False
-    is_class = name.lstrip("_")[:1].isupper()
-    is_constant = module == "torch" and (name in BY_NAME or name.endswith("Storage"))
-    return is_class or is_constant
-
-
 class _Reader(pickle.Unpickler):
     def __init__(self, data: bytes, where: str, trusted: frozenset[str]) -> None:
         super().__init__(io.BytesIO(data))
         self.where, self.trusted = where, trusted
 
     def find_class(self, module: str, name: str) -> Any:
-        module, name = _modern(module, name)
+        module, name = names.modern(module, name)
         if (module, name) in _REAL:
             return _REAL[module, name]
-        if not _allowed(module, name, self.trusted):
+        if not names.allowed(module, name, self.trusted):
             raise CheckpointError(
                 f"{self.where}: its pickle asks for {module}.{name}, which could run code when "
                 f"loaded. Nothing was run. If you know it to be harmless, pass "
@@ -351,22 +282,17 @@ class _Writer(pickle._Pickler):  # type: ignore[name-defined]
 
     def save_global(self, obj: Any, name: str | None = None) -> None:
         if not isinstance(obj, _Named):
-            super().save_global(obj, name)
+            super().save_global(obj, name)  # type: ignore[misc]
             return
         module, qualified = obj.foreign
-        self.write(pickle.GLOBAL + f"{module}\n{qualified}\n".encode())
-        self.memoize(obj)
+        writer: Any = self
+        writer.write(pickle.GLOBAL + f"{module}\n{qualified}\n".encode())
+        writer.memoize(obj)
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, StoredTensor):
-            args = (
-                obj.storage,
-                obj.offset,
-                obj.shape,
-                obj.strides,
-                False,
-                collections.OrderedDict(),
-            )
+            hooks: collections.OrderedDict = collections.OrderedDict()
+            args = (obj.storage, obj.offset, obj.shape, obj.strides, False, hooks)
             if obj.dtype.storage:
                 return foreign("torch._utils", "_rebuild_tensor_v2"), args
             return foreign("torch._utils", "_rebuild_tensor_v3"), (*args, torch_dtype(obj.dtype))

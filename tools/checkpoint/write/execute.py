@@ -26,7 +26,7 @@ from megatron_moe.tools.checkpoint.write.publish import (
     unfinished,
     write_forced,
 )
-from megatron_moe.tools.checkpoint.write.records import Files, crc_of, gaps_in
+from megatron_moe.tools.checkpoint.stored.records import Files, crc_of, gaps_in
 from megatron_moe.tools.checkpoint.write.worker import Batch, Done, Worker
 
 _BATCH = 32 << 20  # bytes given to a worker at once

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from megatron_moe.tools.checkpoint.errors import CheckpointError
-from megatron_moe.tools.checkpoint.write.records import Piece
+from megatron_moe.tools.checkpoint.stored.records import Piece
 from megatron_moe.tools.checkpoint.write.worker import Done
 
 NAME = "reshard_journal.jsonl"

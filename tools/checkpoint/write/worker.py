@@ -10,10 +10,16 @@ import numpy as np
 import xxhash
 
 from megatron_moe.tools.checkpoint.model.atoms import Extent
-from megatron_moe.tools.checkpoint.plan.compile import Job, Plan, overlapping
-from megatron_moe.tools.checkpoint.write.records import Files, Piece, read_box, write_box
-
-_BLOCK = 8 << 20  # bytes of an atom in memory at a time: fits caches, still one big read
+from megatron_moe.tools.checkpoint.plan.compile import Job, Plan
+from megatron_moe.tools.checkpoint.read.values import (
+    BLOCK,
+    AtomReader,
+    inner_offset,
+    part_of,
+    row_blocks,
+    window,
+)
+from megatron_moe.tools.checkpoint.stored.records import Files, Piece, write_box
 
 
 @dataclass
@@ -58,9 +64,8 @@ class Worker:
 
     def __init__(self, plan: Plan, folder: Path, memory: int) -> None:
         self.plan, self.memory = plan, memory
-        self.sources = Files(plan.source.folder, os.O_RDONLY)
+        self.reader = AtomReader(plan.source)
         self.targets = Files(folder, os.O_RDWR)
-        self._found: dict[int, int] = {}
 
     def run(self, batch: Batch) -> Done:
         """Do a batch; doing it again changes nothing."""
@@ -74,68 +79,39 @@ class Worker:
     def _copy(self, file: int, number: int) -> None:
         out = self.plan.target.files[file]
         kept = out.kept[number]
-        source, target = self.sources.fd(kept.path), self.targets.fd(out.path)
+        source, target = self.reader.files.fd(kept.path), self.targets.fd(out.path)
         moved = 0
         while moved < kept.length:
             moved += _copy_range(
                 source, target, kept.length - moved, kept.source_offset + moved, kept.offset + moved
             )
 
-    def _base(self, record: int) -> int:
-        """Byte of the source file at which a record's data start."""
-        if record not in self._found:
-            self._found[record] = self.sources.data_of(self.plan.source.tensors.records[record])[0]
-        return self._found[record]
-
     def _move(self, job: Job, done: Done) -> str:
         digest = xxhash.xxh3_128()
-        shape = job.shape or (1,)
         carrier = np.dtype(f"<u{job.itemsize}" if job.itemsize <= 8 else "<c16")
-        row = max(int(np.prod(shape[1:])) * job.itemsize, 1)
-        step = max(min(_BLOCK, self.memory) // row, 1)
-        if _is_turned(job):
-            step = shape[0]
-        for first in range(0, shape[0], step):
-            last = min(first + step, shape[0])
-            buffer = np.zeros((last - first, *shape[1:]), carrier)
+        limit = min(BLOCK, self.memory)
+        for first, last in row_blocks(
+            job.shape, job.itemsize, [*job.sources, *job.targets], limit
+        ):
+            # Zeros: what the source has not, rows of a longer vocabulary.
+            buffer = np.zeros((last - first, *job.shape[1:]), carrier)
             for extent in job.sources:
-                self._read(job, extent, first, last, buffer, done)
+                if piece := self.reader.fill(extent, first, buffer):
+                    done.read.append(piece)
             digest.update(memoryview(buffer.reshape(-1)).cast("B"))
             for extent in job.targets:
-                self._write(job, extent, first, last, buffer, done)
+                self._write(extent, first, buffer, done)
         return digest.hexdigest()
 
-    def _read(
-        self, job: Job, extent: Extent, first: int, last: int, buffer: np.ndarray, done: Done
-    ) -> None:
-        found = overlapping(job, first, last, extent)
-        if found is None:
-            return
-        start, shape = found
-        record = self.plan.source.tensors.records[extent.record]
-        at = extent.offset + _inner(start, extent)
-        piece = read_box(
-            self.sources.fd(record.path),
-            self._base(extent.record),
-            at,
-            extent.strides,
-            _window(buffer, start, shape, first),
-            str(self.plan.source.folder / record.path),
-        )
-        if piece:
-            done.read.append(Piece(extent.record, *piece))
-
-    def _write(
-        self, job: Job, extent: Extent, first: int, last: int, buffer: np.ndarray, done: Done
-    ) -> None:
-        found = overlapping(job, first, last, extent)
+    def _write(self, extent: Extent, first: int, buffer: np.ndarray, done: Done) -> None:
+        found = part_of(extent, first, buffer.shape)
         if found is None:
             return
         start, shape = found
         record = self.plan.target.records[extent.record]
-        at = extent.offset + _inner(start, extent)
+        at = extent.offset + inner_offset(start, extent)
         path = self.plan.target.files[record.file].path
-        data = _window(buffer, start, shape, first)
+        data = window(buffer, start, shape, first)
         piece = write_box(self.targets.fd(path), record.offset, at, extent.strides, data)
         if piece:
             done.written.append(Piece(extent.record, *piece))
@@ -144,30 +120,8 @@ class Worker:
 
     def close(self) -> None:
         """Close every file."""
-        self.sources.close()
+        self.reader.files.close()
         self.targets.close()
-
-
-def _inner(start: tuple[int, ...], extent: Extent) -> int:
-    return sum((a - b) * s for a, b, s in zip(start, extent.start, extent.strides, strict=True))
-
-
-def _window(
-    buffer: np.ndarray, start: tuple[int, ...], shape: tuple[int, ...], first: int
-) -> np.ndarray:
-    """The part of a block of rows that a box covers."""
-    if not shape:
-        return buffer.reshape(())
-    rows = slice(start[0] - first, start[0] - first + shape[0])
-    rest = (slice(s, s + n) for s, n in zip(start[1:], shape[1:], strict=True))
-    return buffer[(rows, *rest)]
-
-
-def _is_turned(job: Job) -> bool:
-    """Whether rows of the atom are not rows of some file: then it is held whole."""
-    return any(
-        len(e.strides) > 1 and e.strides[0] < e.strides[-1] for e in (*job.sources, *job.targets)
-    )
 
 
 def _copy_range(source: int, target: int, length: int, at: int, to: int) -> int:
@@ -178,7 +132,7 @@ def _copy_range(source: int, target: int, length: int, at: int, to: int) -> int:
             return copied
     except OSError:
         pass  # other file systems, old kernels: the plain way says what is wrong, if anything is
-    data = os.pread(source, min(length, _BLOCK), at)
+    data = os.pread(source, min(length, BLOCK), at)
     if not data:
         raise EOFError(f"byte {at} lies behind the end of the file")
     return os.pwrite(target, data, to)

@@ -225,7 +225,9 @@ def test_truncation_says_what_to_do(tmp_path):
     path = tmp_path / "a.pt"
     torch.save({"w": torch.arange(100.0)}, path)
     path.write_bytes(path.read_bytes()[:-700])
-    with pytest.raises(CheckpointError, match=r"truncated, or not written by torch\.save\. Restore"):
+    with pytest.raises(
+        CheckpointError, match=r"truncated, or not written by torch\.save\. Restore"
+    ):
         load(path)
 
 

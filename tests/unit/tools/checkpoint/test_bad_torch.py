@@ -57,7 +57,8 @@ def test_a_missing_rank(tmp_path):
     remove(folder, "mp_rank_01_001")
     refuse(
         folder,
-        r"no mp_rank file holds pp 0, ep 1, etp 1 of TP2·PP1·EP2·ETP2·DP2: an incomplete copy, or a "
+        r"no mp_rank file holds pp 0, ep 1, etp 1 of TP2·PP1·EP2·ETP2·DP2: "
+        r"an incomplete copy, or a "
         r"save that was cut off\. Complete the copy, or take another iteration",
     )
 
@@ -73,7 +74,8 @@ def test_files_that_megatron_up_to_0_18_did_not_write(tmp_path):
     remove(folder, "mp_rank_01")
     refuse(
         folder,
-        r"no mp_rank file holds tp 1, pp 0 of TP2·PP1·EP1: Megatron up to 0\.18 writes too few files "
+        r"no mp_rank file holds tp 1, pp 0 of TP2·PP1·EP1: Megatron up to "
+        r"0\.18 writes too few files "
         r"when TP > EP·ETP \(issue 4200\)",
     )
 
@@ -82,23 +84,33 @@ def test_expert_shards_that_were_lost(tmp_path):
     folder = legacy(tmp_path, Recipe(tp=1, etp=2, dp=2))
     refuse(
         folder,
-        r"saved with ETP 2 > TP 1: the torch format has no ETP in its file names, so ranks overwrote "
+        r"saved with ETP 2 > TP 1: the torch format has no ETP in its file "
+        r"names, so ranks overwrote "
         r"one another and part of every expert is gone\. .*--ckpt-format torch_dist",
     )
 
 
-@pytest.mark.parametrize(("groups", "said"), [(2, ""), (1, r" \(and with grouped queries no conversion")])
+@pytest.mark.parametrize(
+    ("groups", "said"), [(2, ""), (1, r" \(and with grouped queries no conversion")]
+)
 def test_old_versions(tmp_path, groups, said):
     arguments = {"num_query_groups": groups, "group_query_attention": groups == 1}
     folder = legacy(
-        tmp_path, Recipe(arguments=arguments), lambda name, state: state.update(checkpoint_version=1.0)
+        tmp_path,
+        Recipe(arguments=arguments),
+        lambda name, state: state.update(checkpoint_version=1.0),
     )
-    refuse(folder, rf"checkpoint version 1\.0 orders Q, K and V otherwise{said}.*load it with Megatron 0\.12")
+    refuse(
+        folder,
+        rf"checkpoint version 1\.0 orders Q, K and V otherwise{said}.*load it with Megatron 0\.12",
+    )
 
 
 def test_no_arguments(tmp_path):
     folder = legacy(tmp_path, Recipe(), lambda name, state: state.pop("args"))
-    refuse(folder, r"holds no 'args', from which the parallel sizes are known: not saved by Megatron")
+    refuse(
+        folder, r"holds no 'args', from which the parallel sizes are known: not saved by Megatron"
+    )
 
 
 def test_no_model(tmp_path):
@@ -131,7 +143,10 @@ def test_experts_that_the_arguments_do_not_know(tmp_path, said):
 
 def test_experts_where_the_arguments_know_none(tmp_path):
     folder = legacy(tmp_path, Recipe(arguments={"num_experts": None}))
-    refuse(folder, r"its arguments say (0|None) experts, its tensors hold 4|holds experts, its arguments say")
+    refuse(
+        folder,
+        r"holds .*\.mlp\.experts\..*, its arguments say None experts with EP 1: files of different",
+    )
 
 
 def test_a_lost_layer(tmp_path):
@@ -149,10 +164,13 @@ def test_a_lost_expert(tmp_path):
 
 def test_an_unknown_key(tmp_path):
     name = "decoder.layers.0.mixer.in_proj.weight"
-    folder = legacy(tmp_path, Recipe(), lambda _, state: state["model"].update({name: torch.ones(2)}))
+    folder = legacy(
+        tmp_path, Recipe(), lambda _, state: state["model"].update({name: torch.ones(2)})
+    )
     refuse(
         folder,
-        r"mp_rank_00/model_optim_rng\.pt: decoder\.layers\.0\.mixer\.in_proj\.weight is in no rule: .*"
+        r"mp_rank_00/model_optim_rng\.pt: "
+        r"decoder\.layers\.0\.mixer\.in_proj\.weight is in no rule: .*"
         r"Add a Rule for it \(megatron_moe\.checkpoint_rules, docs/checkpoints\.md\)",
     )
 
@@ -169,7 +187,8 @@ def test_shapes_that_differ_between_files(tmp_path):
 
     refuse(
         legacy(tmp_path, Recipe(tp=2), spoil),
-        r"mp_rank_01/model_optim_rng\.pt: decoder\.layers\.0\.self_attention\.linear_qkv\.weight is "
+        r"mp_rank_01/model_optim_rng\.pt: "
+        r"decoder\.layers\.0\.self_attention\.linear_qkv\.weight is "
         r"float32\[16, 4\] here and float32\[12, 4\] elsewhere: files of different runs were mixed",
     )
 
@@ -190,7 +209,8 @@ def test_stages_that_differ_between_files(tmp_path):
 
     refuse(
         legacy(tmp_path, Recipe(tp=2), spoil),
-        r"mp_rank_01/.*: holds \(1, 0\) decoder and MTP layers, another file of the same stage \(2, 0\)",
+        r"mp_rank_01/.*: holds \(1, 0\) decoder and MTP layers, another "
+        r"file of the same stage \(2, 0\)",
     )
 
 
@@ -201,7 +221,8 @@ def test_a_tensor_that_one_file_lacks(tmp_path):
 
     refuse(
         legacy(tmp_path, Recipe(tp=2), spoil),
-        r"decoder\.layers\.0\.self_attention\.linear_qkv\.weight: 24 of 48 elements are in no part: "
+        r"decoder\.layers\.0\.self_attention\.linear_qkv\.weight: 24 of 48 "
+        r"elements are in no part: "
         r"it is not whole",
     )
 
@@ -222,7 +243,10 @@ def test_foreign_files(tmp_path, file, what):
 
 def test_a_pickle_that_could_act(tmp_path):
     folder = legacy(tmp_path, Recipe(), lambda _, state: state.update(hook=print))
-    refuse(folder, r"model_optim_rng\.pt: its pickle asks for builtins\.print, .*--trust builtins\.print")
+    refuse(
+        folder,
+        r"model_optim_rng\.pt: its pickle asks for builtins\.print, .*--trust builtins\.print",
+    )
     open_checkpoint(folder, trusted=frozenset({"builtins.print"}))
 
 
@@ -230,7 +254,9 @@ def test_a_file_that_is_no_archive(tmp_path):
     folder = legacy(tmp_path, Recipe())
     path = folder / "iter_0000007" / "mp_rank_00" / "model_optim_rng.pt"
     path.write_bytes(pickle.dumps({"args": 1}))
-    refuse(folder, r"no zip directory at the end of the \d+ bytes at 0: .*not written by torch\.save")
+    refuse(
+        folder, r"no zip directory at the end of the \d+ bytes at 0: .*not written by torch\.save"
+    )
 
 
 # Optimizers.
@@ -242,7 +268,8 @@ def test_a_group_that_follows_another_rule(tmp_path):
 
     refuse(
         legacy(tmp_path, Recipe(optimizer="plain"), spoil),
-        r"optimizer 0 has 22 parameters in group 0, the model 23 that belong there: its groups follow "
+        r"optimizer 0 has 23 parameters in group 0, the model 24 that "
+        r"belong there: its groups follow "
         r"another rule\. Pass --optim drop",
     )
 
@@ -254,7 +281,8 @@ def test_another_optimizer(tmp_path):
 
     refuse(
         legacy(tmp_path, Recipe(optimizer="plain"), spoil),
-        r"optimizer state of embedding\.word_embeddings\.weight lacks exp_avg_sq: only Adam's is read",
+        r"optimizer state of embedding\.word_embeddings\.weight lacks "
+        r"exp_avg_sq: only Adam's is read",
     )
 
 
@@ -285,7 +313,7 @@ def test_a_flat_buffer_that_does_not_decode(tmp_path):
     refuse(
         folder,
         r"mp_rank_00/distrib_optim\.pt: optimizer 0, model chunk 0: holds \d+ elements; tried "
-        r"\{.*one bucket \(None\).*\}\. The flat buffer cannot be decoded: .*--optim drop",
+        r"\{'bucket size None': \d+.*\}\. The flat buffer cannot be decoded: .*--optim drop",
     )
     open_checkpoint(folder, optimizer=False)
 
@@ -307,7 +335,9 @@ def test_a_buffer_shorter_than_it_says(tmp_path):
             buffers["exp_avg"] = buffers["exp_avg"][:-64].clone()
 
     folder = respell(legacy(tmp_path, Recipe(optimizer="distributed")), spoil)
-    refuse(folder, r"model chunk 0: exp_avg has \d+ elements, the buffer \d+")
+    refuse(
+        folder, r"model chunk 0: exp_avg has shape \[1792\], the buffer 1856 elements: .*damaged"
+    )
 
 
 def test_buckets_as_before_february_2024(tmp_path):

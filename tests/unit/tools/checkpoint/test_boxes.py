@@ -41,7 +41,9 @@ def test_faults_of_a_cover_are_named():
     assert fault_of_cover([((0, 0), (2, 4)), ((0, 0), (2, 4))], (4, 4)) == (
         "the parts at (0, 0) (2, 4) and (0, 0) (2, 4) overlap"
     )
-    assert fault_of_cover([((2,), (3,))], (4,)) == "the part at (2,) of shape (3,) lies outside (4,)"
+    assert (
+        fault_of_cover([((2,), (3,))], (4,)) == "the part at (2,) of shape (3,) lies outside (4,)"
+    )
     assert fault_of_cover([((-1,), (3,))], (4,)) == (
         "the part at (-1,) of shape (3,) lies outside (4,)"
     )

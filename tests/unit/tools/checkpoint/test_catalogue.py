@@ -132,9 +132,14 @@ def test_names_outside_layers(name):
     assert atom_template(key, None) == name
 
 
-@pytest.mark.parametrize("name", ["enorm.weight", "hnorm.weight", "eh_proj.weight", "final_layernorm.weight"])
+@pytest.mark.parametrize(
+    "name", ["enorm.weight", "hnorm.weight", "eh_proj.weight", "final_layernorm.weight"]
+)
 def test_names_of_mtp_layers(name):
-    for key in (parse_module_key(f"mtp.layers.0.{name}"), parse_dist_key(f"mtp.layers.0.{name}")[0]):
+    for key in (
+        parse_module_key(f"mtp.layers.0.{name}"),
+        parse_dist_key(f"mtp.layers.0.{name}")[0],
+    ):
         assert (key.rule.name, key.rule.scope, key.layer, key.mtp) == (name, "mtp", 0, True)
         assert atom_template(key, 4) == f"mtp.layers.4.{name}"
 
@@ -145,7 +150,9 @@ def test_norms_within_mtp_and_decoder_are_not_mixed_up():
     assert parse_module_key("mtp.layers.0.self_attention.linear_qkv.weight") is None
 
 
-@pytest.mark.parametrize("name", ["decoder.layers.3.mixer.in_proj.weight", "foo", "vision.weight", L])
+@pytest.mark.parametrize(
+    "name", ["decoder.layers.3.mixer.in_proj.weight", "foo", "vision.weight", L]
+)
 def test_other_names_are_not_understood(name):
     assert parse_module_key(name) is None
     assert parse_dist_key(name) is None
@@ -225,6 +232,7 @@ def test_third_parties_add_rules(entry_point):
 def test_an_entry_point_of_something_else_is_refused(entry_point):
     entry_point(["mixer.in_proj.weight"])
     with pytest.raises(
-        CheckpointError, match=r"entry point 'theirs' of megatron_moe\.checkpoint_rules .* must be a list"
+        CheckpointError,
+        match=r"entry point 'theirs' of megatron_moe\.checkpoint_rules .* must be a list",
     ):
         catalogue.rules()

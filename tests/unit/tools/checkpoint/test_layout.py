@@ -68,12 +68,12 @@ def test_a_custom_layout_places_mtp_layers_and_ends():
 @pytest.mark.parametrize(
     ("how", "layout", "message"),
     [
-        ({}, Layout(pp=3), r"4 layers over PP 3 · VPP 1: 4 layers do not divide over 3 stages; pass "
+        ({}, Layout(pp=3), r"4 layers over PP 3 · VPP 1: 4 layers do not divide " r"over 3 stages; pass "
          r"--decoder-first-pipeline-num-layers / --decoder-last-pipeline-num-layers"),
-        ({}, Layout(pp=2, vpp=4), r"a stage's \[2, 2\] layers do not divide by VPP; .*--pipeline-layout"),
+        ({}, Layout(pp=2, vpp=4), r"a stage's \[2, 2\] layers do not divide by VPP; " r".*--pipeline-layout"),
         ({"first": 5}, Layout(pp=2), r"-1 layers do not divide over 1 stages"),
         ({"first": 1, "last": 1}, Layout(pp=2), r"2 layers do not divide over 0 stages"),
-        ({"text": "Et|tttL"}, Layout(pp=4), r"'Et\|tttL' has 2 stages, PP·VPP is 4: make them equal"),
+        ({"text": "Et|tttL"}, Layout(pp=4), r"'Et\|tttL' has 2 stages, PP·VPP is 4: make " r"them equal"),
         ({"text": "Et|ttL"}, Layout(pp=2), r"'Et\|ttL' holds 3 decoder and 0 MTP layers, the "
          r"checkpoint 4 and 0: make them equal"),
     ],
@@ -93,7 +93,8 @@ def test_sizes_below_one_are_refused():
 def test_ranks_that_experts_do_not_divide_are_refused():
     with pytest.raises(
         CheckpointError,
-        match=r"--tp 2 --dp 1: a stage's 2 ranks are not a multiple of EP·ETP = 4·1 = 4; pass a --dp",
+        match=r"--tp 2 --dp 1: a stage's 2 ranks are not a multiple of EP·ETP "
+        r"= 4·1 = 4; pass a --dp",
     ):
         _ = Layout(tp=2, ep=4, etp=1).expert_dp
     assert Layout(tp=2, ep=4, etp=1).smallest_dp() == 2

@@ -296,7 +296,9 @@ def test_an_extension_that_another_reader_has_cached_is_refused(tmp_path):
 def test_names_of_python_2_are_taken_for_what_they_became(tmp_path):
     data = pickle.dumps(Evil(subprocess.Popen, ["touch", "x"]), 2)
     assert b"commands\nPopen" in data
-    with pytest.raises(CheckpointError, match=r"asks for subprocess\.Popen, .*--trust subprocess\.Popen"):
+    with pytest.raises(
+        CheckpointError, match=r"asks for subprocess\.Popen, .*--trust subprocess\.Popen"
+    ):
         pickles.load(data, "f.pt")
 
 
@@ -330,7 +332,9 @@ def test_streams_of_transformer_engine_are_let_through():
      b"\x80\x02h\x05.", b"garbage", b"\x80\x02K\x05Q.", b"\x80\x02]a."],
 )  # fmt: skip
 def test_what_is_no_pickle_is_an_error_of_ours(data):
-    with pytest.raises(CheckpointError, match=r"f\.pt: not a readable pickle .*restore it from a copy"):
+    with pytest.raises(
+        CheckpointError, match=r"f\.pt: not a readable pickle .*restore it from a copy"
+    ):
         pickles.load(data, "f.pt")
 
 
