@@ -168,14 +168,17 @@ def test_other_names_are_not_understood(name):
             "decoder.layers.mlp.experts.experts.linear_fc1._extra_state/shard_1.2_4.8",
             "mlp.experts.linear_fc1",
         ),
-        ("decoder.layers.1.mlp.experts.experts.5.linear_fc2._extra_state/shard_0_1", "mlp.experts.linear_fc2"),
+        (
+            "decoder.layers.1.mlp.experts.experts.5.linear_fc2._extra_state/shard_0_1",
+            "mlp.experts.linear_fc2",
+        ),
         ("mtp.layers.0.transformer_layer.mlp.linear_fc1._extra_state", "mlp.linear_fc1"),
         ("mtp.layers.0.eh_proj._extra_state/shard_0_1", "eh_proj"),
         ("output_layer._extra_state", "output_layer"),
         (f"{L}self_attention.linear_qkv.weight", None),
         ("rng_state/shard_0.0_1.1", None),
     ],
-)  # fmt: skip
+)
 def test_extra_states(key, owner):
     assert extra_state_owner(key) == owner
 

@@ -68,16 +68,33 @@ def test_a_custom_layout_places_mtp_layers_and_ends():
 @pytest.mark.parametrize(
     ("how", "layout", "message"),
     [
-        ({}, Layout(pp=3), r"4 layers over PP 3 · VPP 1: 4 layers do not divide " r"over 3 stages; pass "
-         r"--decoder-first-pipeline-num-layers / --decoder-last-pipeline-num-layers"),
-        ({}, Layout(pp=2, vpp=4), r"a stage's \[2, 2\] layers do not divide by VPP; " r".*--pipeline-layout"),
+        (
+            {},
+            Layout(pp=3),
+            r"4 layers over PP 3 · VPP 1: 4 layers do not divide "
+            r"over 3 stages; pass "
+            r"--decoder-first-pipeline-num-layers / --decoder-last-pipeline-num-layers",
+        ),
+        (
+            {},
+            Layout(pp=2, vpp=4),
+            r"a stage's \[2, 2\] layers do not divide by VPP; " r".*--pipeline-layout",
+        ),
         ({"first": 5}, Layout(pp=2), r"-1 layers do not divide over 1 stages"),
         ({"first": 1, "last": 1}, Layout(pp=2), r"2 layers do not divide over 0 stages"),
-        ({"text": "Et|tttL"}, Layout(pp=4), r"'Et\|tttL' has 2 stages, PP·VPP is 4: make " r"them equal"),
-        ({"text": "Et|ttL"}, Layout(pp=2), r"'Et\|ttL' holds 3 decoder and 0 MTP layers, the "
-         r"checkpoint 4 and 0: make them equal"),
+        (
+            {"text": "Et|tttL"},
+            Layout(pp=4),
+            r"'Et\|tttL' has 2 stages, PP·VPP is 4: make " r"them equal",
+        ),
+        (
+            {"text": "Et|ttL"},
+            Layout(pp=2),
+            r"'Et\|ttL' holds 3 decoder and 0 MTP layers, the "
+            r"checkpoint 4 and 0: make them equal",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_dealt_is_refused(how, layout, message):
     with pytest.raises(CheckpointError, match=message):
         Pipeline(num_layers=4, **how).stages(layout)

@@ -52,30 +52,66 @@ def test_an_iterations_own_folder(tmp_path):
 @pytest.mark.parametrize(
     ("files", "tracker", "iteration", "message"),
     [
-        ([], None, None, r"neither latest_checkpointed_iteration\.txt nor a checkpoint's files are "
-         r"here; give the folder passed to --save"),
+        (
+            [],
+            None,
+            None,
+            r"neither latest_checkpointed_iteration\.txt nor a checkpoint's files are "
+            r"here; give the folder passed to --save",
+        ),
         (inside("iter_0000005", DIST), None, None, r"it has iter_0000005: pass --iteration"),
-        (inside("iter_0000005", DIST), "9", None, r"latest_checkpointed_iteration\.txt names "
-         r"iter_0000009, which does not exist; there is iter_0000005\. Pass --iteration"),
+        (
+            inside("iter_0000005", DIST),
+            "9",
+            None,
+            r"latest_checkpointed_iteration\.txt names "
+            r"iter_0000009, which does not exist; there is iter_0000005\. Pass --iteration",
+        ),
         ([], "9", None, r"names iter_0000009, which does not exist; there is no iteration"),
-        (inside("iter_0000005", DIST), "5", 6, r"--iteration asks for iter_0000006, which " r"does not"),
-        ([], "five", None, r"latest_checkpointed_iteration\.txt: holds 'five', " r"neither a number nor "
-         r"'release'; pass --iteration"),
+        (
+            inside("iter_0000005", DIST),
+            "5",
+            6,
+            r"--iteration asks for iter_0000006, which " r"does not",
+        ),
+        (
+            [],
+            "five",
+            None,
+            r"latest_checkpointed_iteration\.txt: holds 'five', "
+            r"neither a number nor "
+            r"'release'; pass --iteration",
+        ),
         ([], "", None, r"holds '', neither a number"),
         ([], "²", None, r"holds '²', neither a number"),
         ([], "-3", None, r"holds '-3', neither a number"),
-        (["iter_0000005/metadata.json", "iter_0000005/__0_0.distcp"], "5", None,
-         r"iter_0000005: has metadata\.json but no \.metadata: the save did not finish, or an "
-         r"asynchronous one is still running\. Take an earlier iteration"),
-        (["iter_0000005/__0_0.distcp"], "5", None, r"\.distcp files without \.metadata: the save " r"did "
-         r"not finish\. Take an earlier iteration"),
-        (["iter_0000005/.metadata", "iter_0000005/__0_0.distcp"], "5", None,
-         r"\.metadata without metadata\.json: torch_dcp, fsdp_dtensor, or " r"a torch_dist save that is "
-         r"still being written"),
+        (
+            ["iter_0000005/metadata.json", "iter_0000005/__0_0.distcp"],
+            "5",
+            None,
+            r"iter_0000005: has metadata\.json but no \.metadata: the save did not finish, or an "
+            r"asynchronous one is still running\. Take an earlier iteration",
+        ),
+        (
+            ["iter_0000005/__0_0.distcp"],
+            "5",
+            None,
+            r"\.distcp files without \.metadata: the save "
+            r"did "
+            r"not finish\. Take an earlier iteration",
+        ),
+        (
+            ["iter_0000005/.metadata", "iter_0000005/__0_0.distcp"],
+            "5",
+            None,
+            r"\.metadata without metadata\.json: torch_dcp, fsdp_dtensor, or "
+            r"a torch_dist save that is "
+            r"still being written",
+        ),
         (["iter_0000005/w/.zarray"], "5", None, r"zarr is not read: load it with Megatron 0\.15"),
         (["iter_0000005/notes.txt"], "5", None, r"holds no checkpoint that can be read"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_found(tmp_path, files, tracker, iteration, message):
     with pytest.raises(CheckpointError, match=message):
         locate(make(tmp_path, *files, tracker=tracker), iteration)

@@ -317,7 +317,7 @@ def test_a_trusted_name_passes_and_stays_inert(tmp_path):
     assert isinstance(read, pickles.Inert)
     assert repr(read) == f"posix.system('touch {made}')"
     assert not made.exists()
-    with pytest.raises(CheckpointError, match="asks for posix.system"):
+    with pytest.raises(CheckpointError, match=r"asks for posix\.system"):
         pickles.load(data, "f.pt", frozenset({"posix.popen"}))
 
 
@@ -328,9 +328,20 @@ def test_streams_of_transformer_engine_are_let_through():
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b".", b"\x80\x02", b"\x80\x63.", b"\x80\x02K\x01", b"\x80\x02R.", b"\x80\x02X\xff\xff\xff\x7fa.",
-     b"\x80\x02h\x05.", b"garbage", b"\x80\x02K\x05Q.", b"\x80\x02]a."],
-)  # fmt: skip
+    [
+        b"",
+        b".",
+        b"\x80\x02",
+        b"\x80\x63.",
+        b"\x80\x02K\x01",
+        b"\x80\x02R.",
+        b"\x80\x02X\xff\xff\xff\x7fa.",
+        b"\x80\x02h\x05.",
+        b"garbage",
+        b"\x80\x02K\x05Q.",
+        b"\x80\x02]a.",
+    ],
+)
 def test_what_is_no_pickle_is_an_error_of_ours(data):
     with pytest.raises(
         CheckpointError, match=r"f\.pt: not a readable pickle .*restore it from a copy"
@@ -339,7 +350,8 @@ def test_what_is_no_pickle_is_an_error_of_ours(data):
 
 
 def test_storages_of_unknown_type_are_refused():
-    data = b"\x80\x02(X\x07\x00\x00\x00storagectorch\nQInt8Storage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x02tQ."
+    names = b"storagectorch\nQInt8Storage\n"
+    data = b"\x80\x02(X\x07\x00\x00\x00" + names + b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x02tQ."
     with pytest.raises(CheckpointError, match=r"f\.pt: storage type QInt8Storage is not known"):
         pickles.load(data, "f.pt")
     with pytest.raises(CheckpointError, match=r"persistent id 'storagf' is not torch's 'storage'"):
