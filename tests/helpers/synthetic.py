@@ -291,7 +291,12 @@ def fill(opened: Opened, random: np.random.Generator, *, zero_padding: bool = Tr
 
 
 def made(
-    folder: Path, arch: Arch | None = None, *, number: int = 0, optimizer: bool = True, **wishes: Any
+    folder: Path,
+    arch: Arch | None = None,
+    *,
+    number: int = 0,
+    optimizer: bool = True,
+    **wishes: Any,
 ) -> Path:
     """Write a real checkpoint of a random model; return the folder given to ``--save``.
 

@@ -93,8 +93,12 @@ TRIPS = {
         To(
             Layout(pp=2, ep=2),
             4,
-            flags=("--decoder-first-pipeline-num-layers", "2",
-                   "--decoder-last-pipeline-num-layers", "3"),
+            flags=(
+                "--decoder-first-pipeline-num-layers",
+                "2",
+                "--decoder-last-pipeline-num-layers",
+                "3",
+            ),
             options={"first": 2, "last": 3},
         ),
     ],  # fmt: skip

@@ -134,8 +134,10 @@ def _shown(value: Any) -> str:
 )
 @click.option(
     "--experts",
-    type=click.Choice(["sequential", "grouped", "stacked", "grouped_mlp"]),
-    help="Names of experts in torch files (SequentialMLP, TEGroupedMLP, one tensor, GroupedMLP).",
+    type=click.Choice(["sequential", "grouped", "stacked", "single", "grouped_mlp"]),
+    help="Names of experts in torch files, and their order in flat buffers: SequentialMLP, "
+    "TEGroupedMLP, this plugin's grouped experts, one tensor (--moe-single-grouped-weight), "
+    "GroupedMLP up to Megatron 0.16.",
 )
 @click.option("--spec", type=click.Choice(["local", "te"]), help="Names of norms.")
 @click.option("--decoder-first-pipeline-num-layers", "first", type=int)

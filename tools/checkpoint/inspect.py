@@ -1,4 +1,4 @@
-"""What a checkpoint is: layout, dialect, sizes, optimizer, and what is wrong with it by its looks."""
+"""What a checkpoint is: layout, dialect, sizes, optimizer; and what is known to go wrong."""
 
 from __future__ import annotations
 
@@ -95,12 +95,6 @@ def warnings(opened: Opened) -> list[str]:
         )
     if opened.dialect in ("0.14", "0.16") and layout.ep > 1 and opened.rng:
         found.append("random states under the keys of 0.16: Megatron 0.19 needs --no-load-rng")
-    if kind and opened.inventory.num_experts:
-        single = "one optimizer" if not layout.separate_experts else "two optimizers"
-        found.append(
-            f"{single} (EP {layout.ep}, ETP {layout.expert_tp}, TP {layout.tp}): Megatron cannot "
-            "resume it where the number differs (EP 1 with ETP = TP has one, else two)"
-        )
     return found
 
 

@@ -167,9 +167,7 @@ def to_bfloat16(values: np.ndarray) -> np.ndarray:
     return rounded
 
 
-def _check_master(
-    reader: AtomReader, opened: Opened, atom: AtomId, held: Held
-) -> list[Fault]:
+def _check_master(reader: AtomReader, opened: Opened, atom: AtomId, held: Held) -> list[Fault]:
     """The master must round to the weight: free proof that the optimizer state is where it is."""
     weight = opened.tensors.atoms.get(AtomId(atom.name, WEIGHT))
     if weight is None or weight.shape != held.shape:
@@ -197,7 +195,9 @@ def _rows(reader: AtomReader, held: Held) -> Iterator[np.ndarray]:
     pending = np.empty(0, held.dtype.carrier)
     size = 1 << 20
     for block in reader.blocks(held):
-        pending = np.concatenate([pending, block.reshape(-1)]) if len(pending) else block.reshape(-1)
+        pending = (
+            np.concatenate([pending, block.reshape(-1)]) if len(pending) else block.reshape(-1)
+        )
         while len(pending) >= size:
             yield pending[:size]
             pending = pending[size:]
@@ -231,7 +231,7 @@ def _twins(opened: Opened, digests: dict[AtomId, str]) -> list[Fault]:
         key = (f"{before}.{tail}", digest)
         if key in seen and seen[key] != number:
             record = opened.tensors.records[opened.tensors.atoms[atom].extents[0].record]
-            cause = f"equals expert {seen[key]}: an expert was written twice, or both were never trained"
+            cause = f"equals expert {seen[key]}: written twice, or both were never trained"
             found.append(Fault(record.path, atom.name, cause))
         seen.setdefault(key, number)
     return found
@@ -280,7 +280,9 @@ def compare(
                 first = known_a.get(atom) or reader_a.digest(one)
                 second = known_b.get(atom) or reader_b.digest(other)
                 if first != second:
-                    faults.append(Fault(where, str(atom), _first_difference(reader_a, reader_b, one, other)))
+                    faults.append(
+                        Fault(where, str(atom), _first_difference(reader_a, reader_b, one, other))
+                    )
     return faults
 
 
@@ -292,7 +294,13 @@ def _derived(atom: AtomId, without: Opened) -> bool:
 
 
 def _compare_padded(
-    a: Opened, reader_a: AtomReader, reader_b: AtomReader, atom: AtomId, one: Held, other: Held, where: str
+    a: Opened,
+    reader_a: AtomReader,
+    reader_b: AtomReader,
+    atom: AtomId,
+    one: Held,
+    other: Held,
+    where: str,
 ) -> list[Fault]:
     rows = min(one.shape[0], other.shape[0])
     true = getattr(a.args, "vocab_size", None)

@@ -1,1 +1,1 @@
-"""What a checkpoint holds, whatever its format: atoms, where their parts lie, and parallel layouts."""
+"""What a checkpoint holds in any format: atoms, where their parts lie, and parallel layouts."""

@@ -68,7 +68,7 @@ def fault_of_cover(boxes: list[tuple[Shape, Shape]], shape: Shape) -> str | None
     ordered = sorted(boxes)
     for i, (start, size) in enumerate(ordered):
         inside = len(start) == len(size) == len(shape) and all(
-            0 <= s and s + n <= whole for s, n, whole in zip(start, size, shape, strict=True)
+            s >= 0 and s + n <= whole for s, n, whole in zip(start, size, shape, strict=True)
         )
         if not inside:
             return f"the part at {start} of shape {size} lies outside {shape}"

@@ -98,7 +98,8 @@ def cut_by_lengths(parameters: list[Parameter], lengths: list[int]) -> list[Buck
         end = at + parameter.numel
         length = lengths[len(buckets)]
         if end > length:
-            return f"{parameter.key} ends at element {end} of bucket {len(buckets)}, which has {length}"
+            where = f"element {end} of bucket {len(buckets)}"
+            return f"{parameter.key} ends at {where}, which has {length}"
         # A gap may follow before a shared embedding; then the bucket closes there.
         if end == length:
             buckets.append(Bucket(tuple(starts), end))

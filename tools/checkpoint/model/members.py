@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from megatron_moe.tools.checkpoint.model.arrays import Array
 from megatron_moe.tools.checkpoint.model.buffers import Parameter, default_bucket_size
 from megatron_moe.tools.checkpoint.model.catalogue import EMBEDDING, OUTPUT, Key
 from megatron_moe.tools.checkpoint.model.layout import Layout
+
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 def parameters_of(
@@ -47,6 +51,41 @@ def parameters_of(
 def _is_bias(name: str) -> bool:
     """A grouped expert's ``bias3``."""
     return name.rstrip("0123456789").endswith(".bias")
+
+
+def runs_stacked(args: Namespace) -> bool:
+    """Whether a run has this plugin's grouped experts: one parameter, saved as ``weight{i}``."""
+    return bool(
+        getattr(args, "moe_grouped_gemm", False)
+        and getattr(args, "moe_layer_impl", "megatron") == "plugin"
+        and getattr(args, "transformer_impl", "") != "transformer_engine"
+    )
+
+
+def stacked(arrays: Iterable[tuple[str, Key, Array]]) -> Iterator[tuple[str, Key, Array]]:
+    """Put experts saved one by one (``weight0``, ``weight1``) into the parameter they share."""
+    first: dict[str, tuple[str, Key, Array]] = {}
+    count: dict[str, int] = {}
+    order: list[tuple[str, tuple[str, Key, Array] | None]] = []
+    for name, key, array in arrays:
+        base = name.rstrip("0123456789")
+        if key.expert is None or base == name:
+            order.append((name, (name, key, array)))
+            continue
+        if base not in first:
+            first[base] = (base, key, array)
+            order.append((base, None))
+        count[base] = count.get(base, 0) + 1
+    for base, entry in order:
+        if entry is not None:
+            yield entry
+            continue
+        name, key, one = first[base]
+        before, number, after = _EXPERT.split(one.template, maxsplit=1)
+        template = f"{before}.experts.{{expert}}.{after}"
+        shape = (count[base], *one.shape)
+        array = replace(one, template=template, shape=shape, lead=("expert",), first=(int(number),))
+        yield name, replace(key, expert=0, stacked=True), array
 
 
 def bucket_size(args: Namespace, layout: Layout, pp: int, chunk: int) -> int | None:

@@ -19,7 +19,9 @@ class Style:
     """How a build names and arranges its parameters.
 
     Args:
-        experts: ``sequential``, ``grouped``, ``stacked`` or ``grouped_mlp``.
+        experts: ``sequential`` (SequentialMLP), ``grouped`` (TEGroupedMLP), ``stacked`` (this
+            plugin's: saved like ``grouped``, but one parameter), ``single`` (one tensor,
+            ``--moe-single-grouped-weight``) or ``grouped_mlp`` (GroupedMLP, up to 0.16).
         fused_norms: Norms inside the linear layers behind them (Transformer Engine).
         tied: Embedding and output share one weight.
         mtp_name: Name of an MTP layer's inner layer.
@@ -55,6 +57,7 @@ class Rank:
     ) -> None:
         self.inventory, self.layout, self.style = inventory, layout, style
         self.vocabulary = vocabulary
+        self._whole = False  # whether stacked experts are listed as the one parameter they are
 
     def tensors(self, stage: Stage, place: Coordinates) -> Iterator[Local]:
         """Yield the tensors of one chunk, buffers included."""
@@ -185,7 +188,7 @@ class Rank:
                         f"mlp.experts.local_experts.{expert}.{tail}",
                         *one(name, expert),
                     )
-        elif style == "grouped":
+        elif style == "grouped" or (style == "stacked" and not self._whole):
             for linear in ("linear_fc1", "linear_fc2"):
                 for expert in range(local):
                     for name in kinds:
@@ -212,9 +215,11 @@ class Rank:
 
     def parameters(self, stage: Stage, place: Coordinates) -> list[Parameter]:
         """Return what the optimizer holds of one chunk."""
+        self._whole = True
         tensors = [
             (t.name, t.key, t.array) for t in self.tensors(stage, place) if not t.key.rule.buffer
         ]
+        self._whole = False
         return parameters_of(
             tensors,
             self.layout,

@@ -82,7 +82,7 @@ class Plan:
         return sum(prod(e.shape) * job.itemsize for job in self.jobs for e in job.sources)
 
     def describe(self) -> dict[str, Any]:
-        """Return the plan as plain data for JSON: files, every copy, what is dropped or invented."""
+        """Return the plan as data for JSON: files, every copy, what is dropped or invented."""
         records, outs = self.source.tensors.records, self.target.records
         return {
             "source": str(self.source.folder),

@@ -13,7 +13,7 @@ from megatron_moe.tools.checkpoint.read.opened import Opened, OptimizerState
 from megatron_moe.tools.checkpoint.stored.dtypes import FLOAT32
 from megatron_moe.tools.checkpoint.stored.pickles import Inert, Literal
 
-# Classes that Megatron 0.19 pickles into its arguments and 0.16 has not.
+# Classes that Megatron 0.18 and 0.19 pickle into their arguments, and older ones have not.
 _NEW_CLASSES = {"InferenceCudaGraphScope"}
 
 
@@ -55,7 +55,7 @@ def arguments(source: Opened, to: Resolved) -> Namespace:
     for name, value in changes.items():
         if hasattr(args, name):
             setattr(args, name, value)
-    if to.drop_unknown_args or (to.dialect == "0.16" and source.dialect == "0.19"):
+    if to.drop_unknown_args or to.dialect != "0.19":
         for name, value in list(vars(args).items()):
             if isinstance(value, Inert) and type(value).foreign[1] in _NEW_CLASSES:
                 delattr(args, name)

@@ -1,4 +1,4 @@
-"""Lay out a ``torch_dist`` checkpoint: global tensors in the chunks that the target's ranks load."""
+"""Lay out a ``torch_dist`` checkpoint: global tensors in the chunks that its ranks will load."""
 
 from __future__ import annotations
 

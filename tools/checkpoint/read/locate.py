@@ -50,10 +50,10 @@ def locate(path: Path, iteration: int | None = None) -> Location:
         if (path / ".metadata").exists() or any(path.glob("*.distcp")):
             _form(path)
         found = sorted(p.name for p in path.glob("iter_*"))
-        hint = f"; it has {', '.join(found[-3:])}: pass --iteration" if found else ""
-        raise CheckpointError(
-            f"{path}: neither {TRACKER} nor a checkpoint's files are here{hint or '; give the folder passed to --save'}"
-        )
+        hint = "; give the folder passed to --save"
+        if found:
+            hint = f"; it has {', '.join(found[-3:])}: pass --iteration"
+        raise CheckpointError(f"{path}: neither {TRACKER} nor a checkpoint's files are here{hint}")
     chosen: int | str = iteration if iteration is not None else _tracked(tracker)
     folder = path / folder_name(chosen)
     if not folder.is_dir():

@@ -10,6 +10,7 @@ from megatron_moe.tools.checkpoint.model.boxes import fault_of_cover
 from megatron_moe.tools.checkpoint.model.buffers import Parameter
 from megatron_moe.tools.checkpoint.model.inventory import Inventory, take
 from megatron_moe.tools.checkpoint.model.layout import Coordinates, Pipeline
+from megatron_moe.tools.checkpoint.model.members import runs_stacked
 from megatron_moe.tools.checkpoint.model.ranks import Rank, Style
 from megatron_moe.tools.checkpoint.read import optimizers, torch_dist, torch_files
 from megatron_moe.tools.checkpoint.read.locate import locate
@@ -59,15 +60,16 @@ def style_of(opened: Opened) -> Style:
     """Return how the run that wrote a checkpoint names its parameters, as far as it is known."""
     args = opened.args
     experts, fused = opened.experts, opened.fused_norms
+    if experts == "grouped" and runs_stacked(args):
+        experts = "stacked"
     if opened.location.form == "torch_dist":
         engine = getattr(args, "transformer_impl", "") == "transformer_engine"
         fused = engine
         grouped = getattr(args, "moe_grouped_gemm", False)
-        ours = getattr(args, "moe_layer_impl", "megatron") == "plugin"
         experts = "sequential"
         if grouped and engine:
-            experts = "stacked" if getattr(args, "moe_single_grouped_weight", False) else "grouped"
-        elif grouped and ours:
+            experts = "single" if getattr(args, "moe_single_grouped_weight", False) else "grouped"
+        elif runs_stacked(args):
             experts = "stacked"
     tied = not getattr(args, "untie_embeddings_and_output_weights", False)
     return Style(experts, fused, tied)
@@ -99,8 +101,8 @@ class _rank_parameters:  # noqa: N801 (a function with a memory)
             inventory = take(opened.tensors.atoms)
             if inventory.unknown:
                 raise CheckpointError(
-                    f"{opened.folder}: {inventory.unknown[0]} is in no rule, so the flat buffers of "
-                    "dp_reshardable cannot be told apart: add a Rule for it "
+                    f"{opened.folder}: {inventory.unknown[0]} is in no rule, so the flat buffers "
+                    "of dp_reshardable cannot be told apart: add a Rule for it "
                     "(megatron_moe.checkpoint_rules), or pass --optim drop"
                 )
             stages = pipeline_of(opened.args, inventory).stages(opened.layout)

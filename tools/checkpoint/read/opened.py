@@ -68,7 +68,7 @@ class Opened:
         rerun: State of Megatron's rerun machine per rank, kept as it is.
         stacked_layers: ``torch_dist`` with one tensor for all layers.
         fused_norms: Norms named as Transformer Engine's modules name them.
-        experts: Spelling of expert keys: ``sequential``, ``grouped``, ``stacked``, ``grouped_mlp``.
+        experts: Spelling of expert keys, as :class:`Style` has it.
         files: Every file with its size, relative to the folder.
         notes: What a reader should know.
         unknown: Tensors of ``torch_dist`` that no rule names; they pass through.

@@ -11,7 +11,12 @@ from megatron_moe.tools.checkpoint.model.atoms import MASTER, WEIGHT, AtomId, Re
 from megatron_moe.tools.checkpoint.model.boxes import boxes_of_range, row_major
 from megatron_moe.tools.checkpoint.model.buffers import Bucket, Parameter
 from megatron_moe.tools.checkpoint.model.layout import Coordinates, Layout
-from megatron_moe.tools.checkpoint.model.members import bucket_size, parameters_of
+from megatron_moe.tools.checkpoint.model.members import (
+    bucket_size,
+    parameters_of,
+    runs_stacked,
+    stacked,
+)
 from megatron_moe.tools.checkpoint.read.opened import Collector, Opened, OptimizerState
 from megatron_moe.tools.checkpoint.read.torch_dist import Stored, group_flat, read_object
 from megatron_moe.tools.checkpoint.read.torch_files import (
@@ -34,9 +39,10 @@ def file_parameters(file: RankFile, opened: Opened) -> list[list[Parameter]]:
     args = opened.args
     tied = not getattr(args, "untie_embeddings_and_output_weights", False)
     has_mtp = bool(getattr(args, "mtp_num_layers", None))
+    merge = stacked if opened.experts == "grouped" and runs_stacked(args) else iter
     return [
         parameters_of(
-            ((name, *found) for name, found in arrays.items()),
+            merge((name, *found) for name, found in arrays.items()),
             opened.layout,
             tied=tied,
             first_stage=file.place.pp == 0 and v == 0,

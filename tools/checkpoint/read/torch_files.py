@@ -267,8 +267,8 @@ def _compare_with_arguments(args: Namespace, layers: int, mtp: int, location: Lo
         )
     if (getattr(args, "mtp_num_layers", None) or 0) != mtp:
         raise CheckpointError(
-            f"{location.folder}: its arguments say {getattr(args, 'mtp_num_layers', 0)} MTP layers, "
-            f"its files hold {mtp}: files of different runs were mixed"
+            f"{location.folder}: its arguments say {getattr(args, 'mtp_num_layers', 0)} MTP "
+            f"layers, its files hold {mtp}: files of different runs were mixed"
         )
 
 
@@ -293,8 +293,8 @@ class Records:
             want = tensor.storage.numel * tensor.dtype.itemsize
             if member is None or member.size != want:
                 raise CheckpointError(
-                    f"{path}: record data/{tensor.storage.key} of {label} should have {want} bytes, "
-                    f"has {member.size if member else 'none'}: the file is damaged"
+                    f"{path}: record data/{tensor.storage.key} of {label} should have {want} "
+                    f"bytes, has {member.size if member else 'none'}: the file is damaged"
                 )
             record = Record(
                 path, None, tensor.storage.key, tensor.dtype, tensor.storage.numel, label
@@ -349,7 +349,7 @@ def _note_style(result: Opened, name: str, key: Key) -> None:
     if key.expert is not None:
         result.experts = (
             "grouped_mlp" if key.transposed
-            else "stacked" if key.stacked
+            else "single" if key.stacked
             else "sequential" if "local_experts" in name
             else "grouped"
         )  # fmt: skip

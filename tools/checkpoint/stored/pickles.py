@@ -109,6 +109,7 @@ class Inert(metaclass=_Named):
     _dict: dict | None = None
 
     def __new__(cls, *args: Any) -> Inert:
+        """Make an object without calling its class."""
         made = object.__new__(cls)
         made._args = args
         return made
@@ -117,9 +118,11 @@ class Inert(metaclass=_Named):
         self._state = state
 
     def append(self, item: Any) -> None:
+        """Take an item, as a list's subclass does when it is unpickled."""
         self.extend([item])
 
     def extend(self, items: Iterable[Any]) -> None:
+        """Take items."""
         self._list = [*(self._list or []), *items]
 
     def __setitem__(self, key: Any, value: Any) -> None:

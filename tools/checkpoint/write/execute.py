@@ -17,6 +17,7 @@ from pathlib import Path
 from megatron_moe.tools.checkpoint.errors import CheckpointError
 from megatron_moe.tools.checkpoint.plan.compile import Plan
 from megatron_moe.tools.checkpoint.stored import crc
+from megatron_moe.tools.checkpoint.stored.records import Files, crc_of, gaps_in
 from megatron_moe.tools.checkpoint.write import manifest
 from megatron_moe.tools.checkpoint.write.journal import Journal
 from megatron_moe.tools.checkpoint.write.progress import Progress, shown
@@ -26,7 +27,6 @@ from megatron_moe.tools.checkpoint.write.publish import (
     unfinished,
     write_forced,
 )
-from megatron_moe.tools.checkpoint.stored.records import Files, crc_of, gaps_in
 from megatron_moe.tools.checkpoint.write.worker import Batch, Done, Worker
 
 _BATCH = 32 << 20  # bytes given to a worker at once

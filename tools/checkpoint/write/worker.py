@@ -90,9 +90,7 @@ class Worker:
         digest = xxhash.xxh3_128()
         carrier = np.dtype(f"<u{job.itemsize}" if job.itemsize <= 8 else "<c16")
         limit = min(BLOCK, self.memory)
-        for first, last in row_blocks(
-            job.shape, job.itemsize, [*job.sources, *job.targets], limit
-        ):
+        for first, last in row_blocks(job.shape, job.itemsize, [*job.sources, *job.targets], limit):
             # Zeros: what the source has not, rows of a longer vocabulary.
             buffer = np.zeros((last - first, *job.shape[1:]), carrier)
             for extent in job.sources:
