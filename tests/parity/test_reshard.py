@@ -62,9 +62,16 @@ def reshard(source: Path, out: Path, to: To, optimizer: str) -> None:
     sizes = to.layout
     dp = to.world_size // (sizes.tp * sizes.pp)
     request = Request(
-        tp=sizes.tp, pp=sizes.pp, vpp=sizes.vpp, ep=sizes.ep, etp=sizes.etp, dp=dp,
-        form=to.form, optim=_OPTIM[optimizer], **to.options,
-    )  # fmt: skip
+        tp=sizes.tp,
+        pp=sizes.pp,
+        vpp=sizes.vpp,
+        ep=sizes.ep,
+        etp=sizes.etp,
+        dp=dp,
+        form=to.form,
+        optim=_OPTIM[optimizer],
+        **to.options,
+    )
     opened = open_checkpoint(source)
     execute(compile_plan(opened, resolve(opened, request)), out, Options())
 
@@ -101,7 +108,7 @@ TRIPS = {
             ),
             options={"first": 2, "last": 3},
         ),
-    ],  # fmt: skip
+    ],
     "dist_dp_tp2pp2ep2": [
         To(Layout(ep=2), 2),
         To(Layout(tp=2, etp=2), 2, optimizer="distributed"),
