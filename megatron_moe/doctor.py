@@ -47,11 +47,23 @@ def find() -> list[Finding]:
             "--moe-token-dispatcher-type flex on a GPU",
             "alltoall and allgather serve; flex is refused",
         ),
+        _checkpoints(),
         *(
             _optional(name, name, "Megatron's checkpoints", "saving a checkpoint fails", fault=True)
             for name in ("psutil", "setuptools")
         ),
     ]
+
+
+def _checkpoints() -> Finding:
+    """The known fault in what this Megatron saves."""
+    version = _version("megatron-core") or "none"
+    means = (
+        "up to 0.19.2 --dist-ckpt-optim-fully-reshardable with --overlap-grad-reduce may save "
+        "shifted optimizer state (its PR 5077): `megatron-moe verify CKPT` finds it, "
+        "`megatron-moe inspect CKPT` says whether yours is at risk"
+    )
+    return Finding("saved optimizer state", f"megatron-core {version}", means)
 
 
 def _megatron() -> Finding:

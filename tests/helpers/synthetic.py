@@ -55,7 +55,7 @@ class Arch:
         half: Weights in bfloat16 with fp32 masters; else fp32 weights that are their own.
         gated: Gate and linear halves; and so on: parts that a model may have.
         engine: Run with Transformer Engine: its names of norms.
-        grouped: Run with grouped experts.
+        grouped: Run with grouped experts; ``plugin`` with this project's layer.
     """
 
     moe: tuple[bool, ...] = (True, True)
@@ -76,6 +76,7 @@ class Arch:
     tied: bool = False
     engine: bool = False
     grouped: bool = False
+    plugin: bool = False
     torch_adam: bool = False
 
     @property
@@ -86,7 +87,9 @@ class Arch:
     @property
     def spelling(self) -> str:
         """How a run with these flags spells experts."""
-        return "grouped" if self.grouped and self.engine else "sequential"
+        if self.grouped and (self.engine or self.plugin):
+            return "grouped" if self.engine else "stacked"
+        return "sequential"
 
     def namespace(self) -> Namespace:
         """Return a run's arguments, parallel sizes all 1."""
@@ -106,6 +109,7 @@ class Arch:
             transformer_impl="transformer_engine" if self.engine else "local",
             moe_grouped_gemm=self.grouped,
             moe_single_grouped_weight=False,
+            moe_layer_impl="plugin" if self.plugin else "megatron",
             bf16=self.half,
             fp16=False,
             accumulate_allreduce_grads_in_fp32=True,

@@ -20,7 +20,7 @@ def architectures(draw: Any, *, layers: int = 4) -> Arch:
         name: draw(st.booleans())
         for name in (
             "gated", "bias", "norm_bias", "qk_norm", "shared", "shared_gate", "expert_bias", "tied",
-            "engine", "grouped", "torch_adam",
+            "engine", "grouped", "plugin", "torch_adam",
         )
     }  # fmt: skip
     return Arch(
@@ -46,6 +46,8 @@ def requests(draw: Any, arch: Arch, *, optimizer: bool = True) -> dict[str, Any]
     while tp * dp % (ep * etp):
         dp += 1
     optims = ["plain", "fully", "dp"] if optimizer else ["keep"]
+    if arch.tied and arch.mtp and optimizer:
+        optims.remove("dp")  # copies of the embedding are cut at other elements
     wishes = {
         "form": form,
         "tp": tp,
@@ -58,13 +60,13 @@ def requests(draw: Any, arch: Arch, *, optimizer: bool = True) -> dict[str, Any]
         "links": draw(st.booleans()),
     }
     if form == "torch":
-        # In torch_dist they follow from the run's arguments.
-        spellings = ["sequential", "grouped", "stacked"]
-        if not arch.bias:
-            spellings.append("grouped_mlp")  # has no biases
+        # One parameter or many are told apart by the run's arguments alone.
+        named = "stacked" if arch.spelling == "stacked" else "grouped"
+        # GroupedMLP has no biases.
+        spellings = ["sequential", named, "single", *(() if arch.bias else ("grouped_mlp",))]
         wishes["experts"] = draw(st.sampled_from(spellings))
         wishes["spec"] = draw(st.sampled_from(["local", "te"]))
-    else:
+    else:  # torch_dist has names of its own; the order in flat buffers is the run's
         wishes["experts"] = arch.spelling
         wishes["spec"] = "te" if arch.engine else "local"
     return wishes | draw(pipelines(len(arch.moe), arch.mtp))

@@ -210,11 +210,17 @@ def _summary(plan: Plan) -> str:
         f"{len(plan.target.files)} files, {plan.write_bytes:,} bytes new, "
         f"{plan.linked_bytes:,} linked; {plan.read_bytes:,} bytes of {len(plan.jobs)} tensors read",
     ]
+    rows = [drop for drop in plan.dropped if drop.what.partition(" ")[2].startswith("rows of")]
     for drop in plan.dropped:
-        count = f" ({drop.elements:,} elements)" if drop.elements else ""
-        lines.append(f"dropped: {drop.what}{count}: {drop.reason}")
-    for name, elements in plan.invented.items():
-        lines.append(f"invented: {elements:,} zeros in {name}: rows of a longer vocabulary")
+        if drop not in rows:
+            count = f" ({drop.elements:,} elements)" if drop.elements else ""
+            lines.append(f"dropped: {drop.what}{count}: {drop.reason}")
+    if rows:
+        total = sum(drop.elements for drop in rows)
+        lines.append(f"dropped: {total:,} elements of {len(rows)} tensors: {rows[0].reason}")
+    if plan.invented:
+        total, count = sum(plan.invented.values()), len(plan.invented)
+        lines.append(f"invented: {total:,} zeros in {count} tensors: rows of a longer vocabulary")
     lines += [f"note: {note}" for note in plan.target.notes + plan.source.notes]
     return "\n".join(lines)
 

@@ -66,11 +66,12 @@ _ATTENTION = [
     # Multi-latent attention.
     Rule("self_attention.linear_q_proj.weight", "rows"),
     Rule("self_attention.linear_q_down_proj.weight", "unknown"),
-    *_norm("self_attention.linear_q_up_proj.layer_norm"),
     Rule("self_attention.linear_q_up_proj.layer_norm_weight"),
+    Rule("self_attention.linear_q_up_proj.layer_norm_bias"),
     Rule("self_attention.linear_q_up_proj.weight", "rows"),
     Rule("self_attention.linear_kv_down_proj.weight", "unknown"),
     Rule("self_attention.linear_kv_up_proj.layer_norm_weight"),
+    Rule("self_attention.linear_kv_up_proj.layer_norm_bias"),
     Rule("self_attention.linear_kv_up_proj.weight", "rows"),
     *_norm("self_attention.kv_layernorm"),
 ]

@@ -157,6 +157,12 @@ def compile_plan(source: Opened, to: Resolved) -> Plan:
         jobs.append(job)
         if job.shape != job.held_shape and prod(job.shape) > prod(job.held_shape):
             invented[str(atom)] = prod(job.shape) - prod(job.held_shape)
+    if any(job.shape != job.held_shape for job in jobs):
+        target.notes.append(
+            "the padded vocabulary changes, and Megatron's softmax runs over the padding too: "
+            "losses will differ a little. A --make-vocab-size-divisible-by that gives "
+            "the old padding at the new TP avoids it"
+        )
     _check_records(target)
     _check_covers(target)
     dropped += _unused(source, target, to)

@@ -70,6 +70,9 @@ class Resolved:
         style: Names in modules.
         vocabulary: Padded rows of the embedding; None without one.
         stacked_layers: ``torch_dist`` with one tensor for all layers.
+        divisible_by: Padding of the vocabulary that was asked for.
+        links: Whether files may be hard-linked.
+        drop_unknown_args: Whether arguments of newer classes are left out.
     """
 
     layout: Layout
@@ -81,6 +84,7 @@ class Resolved:
     style: Style
     vocabulary: int | None
     stacked_layers: bool
+    divisible_by: int | None = None
     links: bool = True
     drop_unknown_args: bool = False
 
@@ -109,6 +113,9 @@ def resolve(source: Opened, request: Request) -> Resolved:
             "known. Add a Rule (megatron_moe.checkpoint_rules, docs/checkpoints.md), or pass "
             "--format torch_dist"
         )
+    optimizer = _optimizer(source, request, form)
+    if form == "torch" or optimizer == "dp_reshardable":
+        _check_cuts_known(source, layout)
     pipeline = _pipeline(source, request, layout)
     _check_divides(source, layout)
     return Resolved(
@@ -117,10 +124,11 @@ def resolve(source: Opened, request: Request) -> Resolved:
         stages=pipeline.stages(layout),
         form=form,
         dialect=request.dialect or ("0.19" if form == "torch" else _dialect(source)),
-        optimizer=_optimizer(source, request, form),
+        optimizer=optimizer,
         style=_style(source, request),
         vocabulary=_vocabulary(source, request, layout),
         stacked_layers=_stacked(source),
+        divisible_by=request.divisible_by,
         links=request.links,
         drop_unknown_args=request.drop_unknown_args,
     )
@@ -132,7 +140,7 @@ def _dialect(source: Opened) -> str:
 
 def _layout(source: Opened, request: Request) -> Layout:
     old = source.layout
-    sizes: dict[str, Any] = {}
+    sizes: dict[str, Any] = {"cp": old.cp}
     for name in ("tp", "pp", "ep"):
         wanted = getattr(request, name)
         sizes[name] = wanted if wanted is not None else getattr(old, name)
@@ -142,13 +150,12 @@ def _layout(source: Opened, request: Request) -> Layout:
     sizes["etp"] = etp
     layout = Layout(**sizes)
     if request.dp is not None:
-        layout = replace(layout, dp=request.dp)
+        layout = replace(layout, dp=request.dp * old.cp)
         _ = layout.expert_dp
         return layout
     ranks = old.tp * old.pp * old.dp
     dp = max(ranks // (layout.tp * layout.pp), 1)
-    same = replace(layout, dp=dp)
-    if (same.tp * dp) % (same.ep * same.expert_tp):
+    if dp % layout.cp or (layout.tp * dp) % (layout.ep * layout.expert_tp):
         dp = layout.smallest_dp()
     return replace(layout, dp=dp)
 
@@ -189,6 +196,17 @@ def _check_divides(source: Opened, layout: Layout) -> None:
         raise CheckpointError(
             f"--tp {layout.tp}: {heads} attention heads do not divide by it; choose a divisor"
         )
+
+
+def _check_cuts_known(source: Opened, layout: Layout) -> None:
+    """A rank's own tensors are needed: then it must be known how each is cut."""
+    for layer in source.inventory.all_layers():
+        for name, kind in layer.kinds.items():
+            if kind.rule.cut == "unknown" and layout.tp > 1:
+                raise CheckpointError(
+                    f"--tp {layout.tp}: whether {name} is cut over ranks depends on the build; "
+                    "pass --format torch_dist with --optim fully, which does not need to know"
+                )
 
 
 def _optimizer(source: Opened, request: Request, form: str) -> str | None:

@@ -45,6 +45,8 @@ def arguments(source: Opened, to: Resolved) -> Namespace:
         changes["no_save_rng"] = True
     if to.optimizer is None:
         changes["no_save_optim"] = True
+    if to.divisible_by is not None:
+        changes["make_vocab_size_divisible_by"] = to.divisible_by
     if to.vocabulary is not None:
         changes["padded_vocab_size"] = to.vocabulary
     if layout.tp == 1:

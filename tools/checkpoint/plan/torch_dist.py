@@ -92,7 +92,8 @@ class Globals:
             yield from self._stacked()
         else:
             for number, layer in sorted(self.inventory.layers.items()):
-                yield from self._layer(f"decoder.layers.{number}.", layer, self._stage_of[number])
+                pp = self._stage_of.get(number, 0)
+                yield from self._layer(f"decoder.layers.{number}.", layer, pp)
         for number in sorted(self.inventory.mtp_outer):
             prefix, pp = f"mtp.layers.{number}.", self._mtp_stage_of[number]
             for name, kind in self.inventory.mtp_outer[number].kinds.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import xxhash
@@ -11,7 +11,7 @@ import xxhash
 from megatron_moe.tools.checkpoint.model.atoms import Extent, Held
 from megatron_moe.tools.checkpoint.model.boxes import Shape, overlap
 from megatron_moe.tools.checkpoint.read.opened import Opened
-from megatron_moe.tools.checkpoint.stored.records import Files, Piece, read_box
+from megatron_moe.tools.checkpoint.stored.records import Files, Piece, fetch, read_box
 
 BLOCK = 8 << 20  # bytes of an atom in memory at a time: fits caches, still one big read
 
@@ -46,17 +46,32 @@ class AtomReader:
             return None
         start, shape = found
         record = self.opened.tensors.records[extent.record]
-        if extent.record not in self._bases:
-            self._bases[extent.record] = self.files.data_of(record)[0]
         run = read_box(
             self.files.fd(record.path),
-            self._bases[extent.record],
+            self._base(extent.record),
             extent.offset + inner_offset(start, extent),
             extent.strides,
             window(buffer, start, shape, first),
             str(self.opened.folder / record.path),
         )
         return Piece(extent.record, *run) if run else None
+
+    def expect(self, extents: Iterable[Extent]) -> None:
+        """Have the kernel fetch what will be read soon, while other work goes on."""
+        for extent in extents:
+            record = self.opened.tensors.records[extent.record]
+            fd = self.files.fd(record.path)
+            if record.archive is not None:
+                fetch(fd, *record.archive)
+                continue
+            size = record.dtype.itemsize
+            span = 1 + sum((n - 1) * s for n, s in zip(extent.shape, extent.strides, strict=True))
+            fetch(fd, self._base(extent.record) + extent.offset * size, span * size)
+
+    def _base(self, number: int) -> int:
+        if number not in self._bases:
+            self._bases[number] = self.files.data_of(self.opened.tensors.records[number])[0]
+        return self._bases[number]
 
     def blocks(self, held: Held, extents: list[Extent] | None = None) -> Iterator[np.ndarray]:
         """Yield an atom's rows in order, as unsigned integers of its element size."""

@@ -10,11 +10,13 @@ import os
 import struct
 import zlib
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from megatron_moe.tools.checkpoint.errors import CheckpointError
 from megatron_moe.tools.checkpoint.stored import pickles
+from megatron_moe.tools.checkpoint.stored.pickles import StoredTensor
 
 _LOCAL, _CENTRAL, _END = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06"
 _END64, _LOCATOR64 = b"PK\x06\x06", b"PK\x06\x07"
@@ -269,6 +271,12 @@ class Skeleton:
         return bytes(out)
 
 
+@lru_cache(maxsize=1024)
+def _pickled(tensor: StoredTensor) -> bytes:
+    """A checkpoint has many chunks of few shapes."""
+    return pickles.dump(tensor)
+
+
 def begin(thing: Any, root: str = "archive", start: int = 0) -> Skeleton:
     """Start the archive that `torch.save(thing)` would write, tensors' bytes to follow.
 
@@ -276,7 +284,7 @@ def begin(thing: Any, root: str = "archive", start: int = 0) -> Skeleton:
     """
     skeleton = Skeleton(root, start)
     for name, data in (
-        ("data.pkl", pickles.dump(thing)),
+        ("data.pkl", _pickled(thing) if isinstance(thing, StoredTensor) else pickles.dump(thing)),
         (".format_version", b"1"),
         (".storage_alignment", b"64"),
         ("byteorder", b"little"),

@@ -9,20 +9,31 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 from megatron_moe.tools.checkpoint.errors import CheckpointError
 from megatron_moe.tools.checkpoint.plan.compile import Plan
+from megatron_moe.tools.checkpoint.read.locate import folder_name
 from megatron_moe.tools.checkpoint.stored import crc
 from megatron_moe.tools.checkpoint.stored.records import Files, crc_of, gaps_in
 from megatron_moe.tools.checkpoint.write import manifest
 from megatron_moe.tools.checkpoint.write.journal import Journal
+from megatron_moe.tools.checkpoint.write.lifeline import Lifeline
 from megatron_moe.tools.checkpoint.write.progress import Progress, shown
 from megatron_moe.tools.checkpoint.write.publish import (
     check_place,
+    point_at,
     publish,
     unfinished,
     write_forced,
@@ -64,25 +75,42 @@ def execute(plan: Plan, out: Path, options: Options) -> Path:
         CheckpointError: Nothing was published; what is done can be taken up with ``--resume``.
     """
     out = out.absolute()
+    folder, identity = unfinished(out, plan), plan.identity()
+    iteration = plan.source.location.iteration
+    final = out / folder_name(iteration)
+    if options.resume and manifest.read(final).get("plan") == identity:
+        point_at(out, iteration)  # all that a run had left to do that ended right before
+        return final
     check_place(out, plan, force=options.force)
-    folder = unfinished(out, plan)
-    identity = plan.identity()
-    if folder.exists() and not options.resume:
-        if not options.force:
-            raise CheckpointError(
-                f"{folder}: an earlier run was interrupted; pass --resume to go on with it, or "
-                "--force to start over"
-            )
-        shutil.rmtree(folder)
     try:
+        interrupted = folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        journal = Journal(folder, identity, resume=options.resume)
+        journal = Journal(folder)
         try:
-            return _fill(plan, out, folder, journal, options)
+            if interrupted and not (options.resume or options.force):
+                raise CheckpointError(
+                    f"{folder}: an earlier run was interrupted; pass --resume to go on with it, or "
+                    "--force to start over"
+                )
+            journal.begin(identity, resume=options.resume)
+            if not journal.done:
+                _clear(folder, journal)
+            return _fill(plan, out, folder, journal, identity, options)
         finally:
             journal.close()
     except OSError as fault:
         raise CheckpointError(_explained(fault, folder)) from fault
+
+
+def _clear(folder: Path, journal: Journal) -> None:
+    """Remove what an earlier run left. Some of it may be the source's own files, hard-linked."""
+    for path in folder.iterdir():
+        if path == journal.path:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _explained(fault: OSError, folder: Path) -> str:
@@ -94,7 +122,9 @@ def _explained(fault: OSError, folder: Path) -> str:
     return f"{folder}: {fault}. Nothing was published; run again with --resume"
 
 
-def _fill(plan: Plan, out: Path, folder: Path, journal: Journal, options: Options) -> Path:
+def _fill(
+    plan: Plan, out: Path, folder: Path, journal: Journal, identity: str, options: Options
+) -> Path:
     _prepare(plan, folder, fresh=not journal.done)
     batches = list(_batches(plan))
     with shown(options.progress, sum(batch.nbytes for batch in batches)) as progress:
@@ -110,7 +140,7 @@ def _fill(plan: Plan, out: Path, folder: Path, journal: Journal, options: Option
         _check_sources(plan, done)
     _close_archives(plan, folder, done)
     digests = {number: digest for one in done for number, digest in one.digests.items()}
-    manifest.write(plan, folder, digests)
+    manifest.write(plan, folder, digests, identity)
     for file in plan.target.files:
         if file.link is None and file.content is None:
             _force(folder / file.path)
@@ -129,7 +159,7 @@ def _prepare(plan: Plan, folder: Path, *, fresh: bool) -> None:
         elif file.content is not None:
             write_forced(path, file.content)
         elif fresh or not path.exists():
-            with path.open("wb") as new:
+            with path.open("xb" if fresh else "wb") as new:
                 new.truncate(file.size)
 
 
@@ -171,8 +201,9 @@ def _batches(plan: Plan) -> Iterator[Batch]:
 _worker: Worker | None = None
 
 
-def _start(plan: Plan, folder: Path, memory: int) -> None:
+def _start(plan: Plan, folder: Path, memory: int, lifeline: Lifeline) -> None:
     global _worker
+    lifeline.hold()
     _worker = Worker(plan, folder, memory)
 
 
@@ -192,39 +223,75 @@ def _work(
     """Run batches in worker processes; note them in the journal as they get to disk."""
     count = max(min(options.workers, len(batches)), 1)
     memory = max(options.max_ram // (4 * count), 1 << 16)
-    waiting: list[Done] = []
-    flushed = time.monotonic()
+    with _Flushing(plan, folder, journal) as flushing:
 
-    def finished(done: Done) -> None:
-        nonlocal flushed
-        progress.advance(done.nbytes)
-        waiting.append(done)
-        if time.monotonic() - flushed > _FLUSH_S:
-            _flush(plan, folder, waiting, journal)
-            flushed = time.monotonic()
+        def finished(done: Done) -> None:
+            progress.advance(done.nbytes)
+            flushing.add(done)
 
-    if count == 1 or sum(batch.nbytes for batch in batches) < _BATCH:
         worker = Worker(plan, folder, memory)
         try:
-            for batch in batches:
-                finished(worker.run(batch))
+            if count == 1 or sum(batch.nbytes for batch in batches) < _BATCH:
+                for batch, following in zip_longest(batches, batches[1:]):
+                    if following:
+                        worker.expect(following)
+                    finished(worker.run(batch))
+            else:
+                _in_processes(plan, folder, batches, count, memory, worker.expect, finished)
         finally:
             worker.close()
-    else:
-        _in_processes(plan, folder, batches, count, memory, finished)
-    if waiting:
-        _flush(plan, folder, waiting, journal)
 
 
-def _in_processes(plan, folder, batches, count, memory, finished) -> None:  # type: ignore[no-untyped-def]
+class _Flushing:
+    """Forces finished batches to disk from time to time, in a thread, and notes them."""
+
+    def __init__(self, plan: Plan, folder: Path, journal: Journal) -> None:
+        self._call = partial(_flush, plan, folder, journal)
+        self._waiting: list[Done] = []
+        self._thread = ThreadPoolExecutor(1)
+        self._running: Future[None] | None = None
+        self._flushed = time.monotonic()
+
+    def __enter__(self) -> _Flushing:
+        return self
+
+    def add(self, done: Done) -> None:
+        """Take a finished batch."""
+        self._waiting.append(done)
+        busy = self._running is not None and not self._running.done()
+        if not busy and time.monotonic() - self._flushed > _FLUSH_S:
+            self._start()
+
+    def _start(self) -> None:
+        if self._running is not None:
+            self._running.result()
+        waiting, self._waiting = self._waiting, []
+        self._running = self._thread.submit(self._call, waiting)
+        self._flushed = time.monotonic()
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None and self._waiting:
+                self._start()
+            if self._running is not None:
+                self._running.result()
+        finally:
+            self._thread.shutdown()
+
+
+def _in_processes(plan, folder, batches, count, memory, expect, finished) -> None:  # type: ignore[no-untyped-def]
     # Forked: workers share the plan, which may be big, without a copy.
     context = multiprocessing.get_context("fork")
     left = iter(batches)
     try:
-        with ProcessPoolExecutor(count, context, _start, (plan, folder, memory)) as pool:
+        with (
+            Lifeline() as lifeline,
+            ProcessPoolExecutor(count, context, _start, (plan, folder, memory, lifeline)) as pool,
+        ):
             running: set[Future[Done]] = set()
             try:
                 for batch in left:
+                    expect(batch)  # while earlier batches are at work
                     running.add(pool.submit(_run, batch))
                     if len(running) < 2 * count:
                         continue
@@ -243,7 +310,7 @@ def _in_processes(plan, folder, batches, count, memory, finished) -> None:  # ty
         ) from fault
 
 
-def _flush(plan: Plan, folder: Path, waiting: list[Done], journal: Journal) -> None:
+def _flush(plan: Plan, folder: Path, journal: Journal, waiting: list[Done]) -> None:
     """Force the bytes of finished batches to disk, then note the batches."""
     touched = {plan.target.records[p.record].file for done in waiting for p in done.written}
     touched |= {plan.target.records[r].file for done in waiting for r in done.scattered}
@@ -252,7 +319,6 @@ def _flush(plan: Plan, folder: Path, waiting: list[Done], journal: Journal) -> N
     for number in sorted(touched):
         _force(folder / plan.target.files[number].path)
     journal.add(waiting)
-    waiting.clear()
 
 
 def _pieces(done: list[Done], attribute: str) -> dict[int, list[tuple[int, int, int]]]:

@@ -17,16 +17,16 @@ NAME = "reshard_journal.jsonl"
 class Journal:
     """Finished batches, each line written after their bytes were forced to disk.
 
+    Whoever holds it has the folder to itself, until it is closed.
+
     Args:
         folder: Of the unfinished checkpoint.
-        identity: Digest of the plan it belongs to.
-        resume: Whether to go on from what is there.
 
     Raises:
-        CheckpointError: It is another plan's, or another process is at work there.
+        CheckpointError: Another process is at work there.
     """
 
-    def __init__(self, folder: Path, identity: str, *, resume: bool) -> None:
+    def __init__(self, folder: Path) -> None:
         self.path = folder / NAME
         self.done: dict[int, Done] = {}
         self._file = self.path.open("a+")
@@ -36,6 +36,17 @@ class Journal:
             raise CheckpointError(
                 f"{folder}: another process is writing it; wait for it"
             ) from fault
+
+    def begin(self, identity: str, *, resume: bool) -> None:
+        """Start, or go on from what is noted.
+
+        Args:
+            identity: Digest of the plan that is carried out.
+            resume: Whether to go on.
+
+        Raises:
+            CheckpointError: What is noted belongs to another plan.
+        """
         if resume:
             self._read(identity)
         if not self.done:

@@ -44,7 +44,7 @@ def digests_of(opened: Opened) -> dict[AtomId, str]:
     return out
 
 
-def write(plan: Plan, folder: Path, digests: dict[int, str]) -> None:
+def write(plan: Plan, folder: Path, digests: dict[int, str], identity: str) -> None:
     """Write the manifest of a finished plan.
 
     Args:
@@ -52,6 +52,7 @@ def write(plan: Plan, folder: Path, digests: dict[int, str]) -> None:
         folder: Of the new checkpoint.
         digests: Of the atoms that were moved, by job. Atoms in linked files were not read: they
             have the source's checksum where it has a manifest, else none.
+        identity: Digest of the plan.
     """
     known = digests_of(plan.source)
     moved = {plan.jobs[number].atom: digest for number, digest in digests.items()}
@@ -64,6 +65,7 @@ def write(plan: Plan, folder: Path, digests: dict[int, str]) -> None:
     content = {
         "written_by": f"megatron-moe {__version__}",
         "checksum": "xxh3-128 of the row-major little-endian bytes of an atom",
+        "plan": identity,
         "source": str(plan.source.folder),
         "source_layout": str(plan.source.layout),
         "layout": str(plan.to.layout),

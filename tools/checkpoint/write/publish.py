@@ -75,10 +75,15 @@ def publish(folder: Path, out: Path, iteration: int | str) -> Path:
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     folder.rename(final)
+    point_at(out, iteration)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return final
+
+
+def point_at(out: Path, iteration: int | str) -> None:
+    """Let the tracker name an iteration whose folder is in place."""
     sync_folder(out)
     new = out / f".{TRACKER}.new"
     write_forced(new, str(iteration).encode())
     new.replace(out / TRACKER)
     sync_folder(out)
-    shutil.rmtree(replaced, ignore_errors=True)
-    return final

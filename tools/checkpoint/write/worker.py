@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from megatron_moe.tools.checkpoint.errors import CheckpointError
 from megatron_moe.tools.checkpoint.model.atoms import Extent
 from megatron_moe.tools.checkpoint.plan.compile import Job, Plan
 from megatron_moe.tools.checkpoint.read.values import (
@@ -19,7 +20,7 @@ from megatron_moe.tools.checkpoint.read.values import (
     row_blocks,
     window,
 )
-from megatron_moe.tools.checkpoint.stored.records import Files, Piece, write_box
+from megatron_moe.tools.checkpoint.stored.records import Files, Piece, fetch, send, write_box
 
 
 @dataclass
@@ -67,6 +68,11 @@ class Worker:
         self.reader = AtomReader(plan.source)
         self.targets = Files(folder, os.O_RDWR)
 
+    def expect(self, batch: Batch) -> None:
+        """Have the kernel fetch what a batch will read."""
+        for number in batch.jobs:
+            self.reader.expect(self.plan.jobs[number].sources)
+
     def run(self, batch: Batch) -> Done:
         """Do a batch; doing it again changes nothing."""
         done = Done(batch.number, batch.nbytes)
@@ -80,11 +86,13 @@ class Worker:
         out = self.plan.target.files[file]
         kept = out.kept[number]
         source, target = self.reader.files.fd(kept.path), self.targets.fd(out.path)
+        fetch(source, kept.source_offset, kept.length)
         moved = 0
         while moved < kept.length:
             moved += _copy_range(
                 source, target, kept.length - moved, kept.source_offset + moved, kept.offset + moved
             )
+        send(target, kept.offset, kept.length)
 
     def _move(self, job: Job, done: Done) -> str:
         digest = xxhash.xxh3_128()
@@ -132,5 +140,8 @@ def _copy_range(source: int, target: int, length: int, at: int, to: int) -> int:
         pass  # other file systems, old kernels: the plain way says what is wrong, if anything is
     data = os.pread(source, min(length, BLOCK), at)
     if not data:
-        raise EOFError(f"byte {at} lies behind the end of the file")
+        raise CheckpointError(
+            f"a file of the source ends before byte {at}, which was there when it was opened: it "
+            "has changed since"
+        )
     return os.pwrite(target, data, to)

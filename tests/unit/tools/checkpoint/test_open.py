@@ -96,7 +96,7 @@ def test_the_grouped_mlp_of_old(tmp_path):
     assert opened.experts == "grouped_mlp"
 
 
-@pytest.mark.parametrize("spelling", ["grouped", "stacked"])
+@pytest.mark.parametrize("spelling", ["grouped", "single"])
 def test_grouped_experts(tmp_path, spelling):
     recipe = Recipe(tp=2, ep=2, dp=2)
 
@@ -106,7 +106,7 @@ def test_grouped_experts(tmp_path, spelling):
             prefix = f"decoder.layers.{layer}.mlp.experts."
             for linear in ("linear_fc1", "linear_fc2"):
                 mine = [model.pop(f"{prefix}local_experts.{i}.{linear}.weight") for i in range(2)]
-                if spelling == "stacked":
+                if spelling == "single":
                     model[f"{prefix}{linear}.weight"] = torch.stack(mine)
                 for i, tensor in enumerate(mine if spelling == "grouped" else []):
                     model[f"{prefix}{linear}.weight{i}"] = tensor
