@@ -62,7 +62,11 @@ from pathlib import Path
 def losses(name):
     text = (Path(sys.argv[1]) / f"{name}.log").read_text()
     found = re.findall(r"iteration\s+(\d+)/.*?lm loss: ([\d.E+-]+)", text)
-    return {int(iteration): float(loss) for iteration, loss in found}
+    found = {int(iteration): float(loss) for iteration, loss in found}
+    # Megatron logs a run's first iteration alone, then once more in the mean with the second.
+    first, second = sorted(found)[:2]
+    found[second] = 2 * found[second] - found[first]
+    return found
 
 kept, changed = losses("first") | losses("unchanged"), {}
 where = {}
