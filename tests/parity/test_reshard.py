@@ -153,9 +153,16 @@ def saved(pool, tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize(
-    ("name", "to"), [(name, to) for name, targets in TRIPS.items() for to in targets], ids=str
-)
+def _cases() -> list:
+    """Two trips from each source by default, the rest on request."""
+    return [
+        pytest.param(name, to, id=f"{name}-{to}", marks=[pytest.mark.slow] if i > 1 else [])
+        for name, targets in TRIPS.items()
+        for i, to in enumerate(targets)
+    ]
+
+
+@pytest.mark.parametrize(("name", "to"), _cases())
 def test_training_goes_on(pool, saved, tmp_path, name, to):
     source, folder, losses = saved(name)
     run = target_run(source, to)
@@ -163,3 +170,17 @@ def test_training_goes_on(pool, saved, tmp_path, name, to):
     found = pool.run(resume, run, str(tmp_path / "out"), world_size=run.world_size)[0]
     count = 1 if run.optimizer == "none" else len(losses)
     assert_same_losses(found[:count], losses[:count], bf16=False)
+
+
+@pytest.mark.parametrize("name", ["dist_dp_tp2pp2ep2", "torch_distopt_tp2pp2ep2"])
+def test_there_and_back_in_bf16_bit_by_bit(pool, tmp_path, name):
+    run = DOZEN[name]
+    losses = pool.run(train_and_save, run, str(tmp_path / "a"), world_size=run.world_size)[0]
+    away = To(Layout(), 1, "torch" if run.form == "torch_dist" else "torch_dist", "plain")
+    reshard(tmp_path / "a", tmp_path / "b", away, "plain")
+    back = To(run.layout, run.world_size, run.form)
+    reshard(tmp_path / "b", tmp_path / "c", back, run.optimizer)
+    # The random states stayed behind where TP and PP changed.
+    again = replace(run, flags=(*run.flags, "--no-load-rng"))
+    found = pool.run(resume, again, str(tmp_path / "c"), world_size=run.world_size)[0]
+    assert_same_losses(found, losses[2:], exact=True)

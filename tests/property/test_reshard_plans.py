@@ -81,6 +81,9 @@ def number(opened: Opened) -> Numbers:
 def carry_out(plan: Plan, old: Numbers) -> Numbers:
     """Do what a plan says, with numbers; every element is written once."""
     new = Numbers(atoms=dict(old.atoms))
+    for atom, shape in plan.target.shapes.items():
+        if atom in new.atoms and shape:  # chunks taken over may be those of fewer rows
+            new.atoms[atom] = old.atoms[atom][: shape[0]]
     written = [np.full(record.numel, NOTHING) for record in plan.target.records]
     for job in plan.jobs:
         buffer = np.full(job.shape, ZERO)

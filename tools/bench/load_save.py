@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_moe.activate import activate
 
@@ -35,7 +36,7 @@ def main(source: Path, out: Path) -> None:
                 key, torch.empty(found.size, dtype=found.properties.dtype)
             )
             for key, found in tensors.items()
-            if hasattr(found, "size")
+            if isinstance(found, TensorStorageMetadata)
         }
         state = dist_checkpointing.load(wanted, str(source), validate_access_integrity=False)
         loaded = time.perf_counter()

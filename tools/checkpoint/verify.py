@@ -8,6 +8,7 @@ against the others; and atoms of one checkpoint against those of another, by che
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -16,8 +17,16 @@ from multiprocessing import get_context
 from typing import NamedTuple
 
 import numpy as np
+import xxhash
 
-from megatron_moe.tools.checkpoint.model.atoms import MASTER, WEIGHT, AtomId, Extent, Held
+from megatron_moe.tools.checkpoint.model.atoms import (
+    MASTER,
+    MOMENT2,
+    WEIGHT,
+    AtomId,
+    Extent,
+    Held,
+)
 from megatron_moe.tools.checkpoint.read.opened import Opened
 from megatron_moe.tools.checkpoint.read.values import AtomReader
 from megatron_moe.tools.checkpoint.stored.records import Files, crc_of
@@ -43,11 +52,13 @@ class Verdict:
 
     Args:
         faults: What is wrong.
+        warnings: What is odd, but may be meant.
         checked: Counts of what was looked at, by kind.
         digests: Checksum of each atom, where they were computed or known.
     """
 
     faults: list[Fault] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     checked: dict[str, int] = field(default_factory=dict)
     digests: dict[AtomId, str] = field(default_factory=dict)
 
@@ -106,9 +117,10 @@ def verify(opened: Opened, *, workers: int = 2) -> Verdict:
         for kind, count in counts.items():
             verdict.checked[kind] = verdict.checked.get(kind, 0) + count
     verdict.checked["atoms"] = len(atoms)
-    verdict.faults += _shifted(opened, verdict)
+    verdict.faults += _shifted(opened, verdict, wrong)
     verdict.faults += _twins(opened, verdict.digests)
     verdict.faults += _manifest_faults(opened, verdict.digests)
+    verdict.warnings += _untrained(opened, verdict.digests)
     return verdict
 
 
@@ -205,10 +217,23 @@ def _rows(reader: AtomReader, held: Held) -> Iterator[np.ndarray]:
         yield pending
 
 
-def _shifted(opened: Opened, verdict: Verdict) -> list[Fault]:
-    """Name the known cause when masters are wrong in a pattern."""
-    wrong = [fault for fault in verdict.faults if "round to their weight" in fault.cause]
-    if not wrong or opened.optimizer is None or opened.optimizer.kind != "fully_reshardable":
+def _shifted(opened: Opened, verdict: Verdict, damaged: set[int]) -> list[Fault]:
+    """Name the known cause when masters are wrong that no damaged record explains."""
+    if opened.optimizer is None or opened.optimizer.kind != "fully_reshardable":
+        return []
+    faults = {f.tensor: f for f in verdict.faults if "round to their weight" in f.cause}
+    held = opened.tensors.atoms
+    wrong = [
+        atom
+        for atom in held
+        if str(atom) in faults
+        and not any(
+            extent.record in damaged
+            for role in (WEIGHT, MASTER)
+            for extent in held[AtomId(atom.name, role)].extents
+        )
+    ]
+    if not wrong:
         return []
     cause = (
         f"masters of {len(wrong)} tensors are not their weights': Megatron up to 0.19.2 writes "
@@ -217,6 +242,35 @@ def _shifted(opened: Opened, verdict: Verdict) -> list[Fault]:
         "reshard with --optim drop"
     )
     return [Fault(".metadata", "optimizer state", cause)]
+
+
+def _untrained(opened: Opened, digests: dict[AtomId, str]) -> list[str]:
+    """Experts whose second moments are all zero, while others' are not: they got no gradient."""
+    zeros: dict[int, str] = {}
+    still: dict[str, set[int]] = defaultdict(set)
+    moved: dict[str, set[int]] = defaultdict(set)
+    for atom, digest in digests.items():
+        before, _, after = atom.name.partition(".mlp.experts.")
+        if atom.role != MOMENT2 or not after:
+            continue
+        nbytes = opened.tensors.atoms[atom].nbytes
+        if nbytes not in zeros:
+            zeros[nbytes] = _digest_of_zeros(nbytes)
+        expert = int(after.partition(".")[0])
+        (still if digest == zeros[nbytes] else moved)[before].add(expert)
+    return [
+        f"{layer}: experts {sorted(lost)} were never trained: their second moments are all zero"
+        for layer in still
+        if (lost := still[layer] - moved[layer]) and moved
+    ]
+
+
+def _digest_of_zeros(nbytes: int) -> str:
+    total, block = xxhash.xxh3_128(), bytes(1 << 20)
+    for at in range(0, nbytes, len(block)):
+        total.update(memoryview(block)[: nbytes - at])
+    digest: str = total.hexdigest()
+    return digest
 
 
 def _twins(opened: Opened, digests: dict[AtomId, str]) -> list[Fault]:

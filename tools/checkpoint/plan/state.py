@@ -137,6 +137,9 @@ def random_state(source: Opened, to: Resolved, pp: int, tp: int, target: Target)
     old, new = source.layout, to.layout
     by_place = {place[:2]: state for place, state in source.rng.items() if state is not None}
     if not by_place:
+        if to.form == "torch":
+            _say(target, None, "random states: the source has none; Megatron loads a torch "
+                 "checkpoint without them only with --no-load-rng")  # fmt: skip
         return None
     same = (old.tp, old.pp) == (new.tp, new.pp)
     if same and (pp, tp) in by_place:

@@ -240,12 +240,17 @@ class Skeleton:
             crcs: Of the big records, by name.
         """
         crcs = crcs | {name: zlib.crc32(data) for name, data in self.inline.items()}
-        for offset, header in self.headers(crcs):
-            os.pwrite(fd, header, offset)
-        for name, offset in zip(self.names, self.offsets, strict=True):
+        at, run = self.start, bytearray()
+        for name, size, (offset, header) in zip(
+            self.names, self.sizes, self.headers(crcs), strict=True
+        ):
+            run += header
             if name in self.inline:
-                os.pwrite(fd, self.inline[name], self.start + offset)
-        os.pwrite(fd, self.directory(crcs), self.start + self.size)
+                run += self.inline[name]
+            else:  # what lies before and behind a big record is one write each
+                os.pwrite(fd, run, at)
+                at, run = offset + len(header) + size, bytearray()
+        os.pwrite(fd, run + self.directory(crcs), at)
 
     def directory(self, crcs: dict[str, int]) -> bytes:
         """Return the central directory and the end records."""

@@ -36,7 +36,6 @@ from megatron_moe.tools.checkpoint.write.publish import (
     point_at,
     publish,
     unfinished,
-    write_forced,
 )
 from megatron_moe.tools.checkpoint.write.worker import Batch, Done, Worker
 
@@ -142,7 +141,7 @@ def _fill(
     digests = {number: digest for one in done for number, digest in one.digests.items()}
     manifest.write(plan, folder, digests, identity)
     for file in plan.target.files:
-        if file.link is None and file.content is None:
+        if file.link is None:
             _force(folder / file.path)
     journal.remove()
     return publish(folder, out, plan.source.location.iteration)
@@ -157,7 +156,7 @@ def _prepare(plan: Plan, folder: Path, *, fresh: bool) -> None:
             if not path.exists():
                 _link(plan.source.folder / file.link, path)
         elif file.content is not None:
-            write_forced(path, file.content)
+            path.write_bytes(file.content)
         elif fresh or not path.exists():
             with path.open("xb" if fresh else "wb") as new:
                 new.truncate(file.size)
