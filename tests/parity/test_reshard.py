@@ -120,7 +120,17 @@ TRIPS = {
         To(Layout(tp=2, etp=2), 2, optimizer="plain"),
         To(Layout(tp=1), 1, "torch", "distributed"),
     ],
-    "dist_plain_biases": [To(Layout(pp=2), 2, "torch", "plain")],
+    "dist_plain_biases": [
+        To(Layout(pp=2), 2, "torch", "plain"),
+        To(
+            Layout(pp=2, vpp=2),
+            2,
+            "torch",
+            "plain",
+            flags=("--pipeline-model-parallel-layout", "Et|tt|t|L"),
+            options={"pipeline_layout": "Et|tt|t|L"},
+        ),
+    ],
     "torch_distopt_tp2pp2ep2": [
         To(Layout(tp=2, ep=4), 4),
         To(Layout(pp=4), 4, "torch"),
@@ -184,3 +194,29 @@ def test_there_and_back_in_bf16_bit_by_bit(pool, tmp_path, name):
     again = replace(run, flags=(*run.flags, "--no-load-rng"))
     found = pool.run(resume, again, str(tmp_path / "c"), world_size=run.world_size)[0]
     assert_same_losses(found, losses[2:], exact=True)
+
+
+def _save_singletons(world, run: SavedRun, folder: str) -> list[float]:
+    """Save with one key for each layer and expert, as Megatron can be told to from Python."""
+    from unittest import mock
+
+    from helpers import saving
+    from megatron.training import checkpointing
+
+    name = "_build_sharded_state_dict_metadata"
+    original = getattr(checkpointing, name)
+
+    def singletons(*args: Any, **kwargs: Any) -> dict:
+        return original(*args, **kwargs) | {"singleton_local_shards": True}
+
+    with mock.patch.object(checkpointing, name, singletons):
+        return saving.train_and_save(run, folder, 2, 5)
+
+
+def test_one_key_for_each_layer_and_expert(pool, tmp_path):
+    source = replace(DOZEN["dist_fully_tp2ep2"], bf16=False)
+    losses = pool.run(_save_singletons, source, str(tmp_path / "a"), world_size=2)[0]
+    to = To(Layout(pp=2, ep=2), 4)
+    reshard(tmp_path / "a", tmp_path / "b", to, "fully")
+    found = pool.run(resume, target_run(source, to), str(tmp_path / "b"), world_size=4)[0]
+    assert_same_losses(found, losses[2:], bf16=False)

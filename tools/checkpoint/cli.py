@@ -219,8 +219,8 @@ def _summary(plan: Plan) -> str:
         total = sum(drop.elements for drop in rows)
         lines.append(f"dropped: {total:,} elements of {len(rows)} tensors: {rows[0].reason}")
     if plan.invented:
-        total, count = sum(plan.invented.values()), len(plan.invented)
-        lines.append(f"invented: {total:,} zeros in {count} tensors: rows of a longer vocabulary")
+        total, tensors = sum(plan.invented.values()), len(plan.invented)
+        lines.append(f"invented: {total:,} zeros in {tensors} tensors: rows of a longer vocabulary")
     lines += [f"note: {note}" for note in plan.target.notes + plan.source.notes]
     return "\n".join(lines)
 

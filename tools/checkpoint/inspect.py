@@ -57,6 +57,8 @@ def _stages(opened: Opened) -> list[list[int]]:
 def _stacking(opened: Opened) -> str | None:
     if opened.location.form == "torch":
         return None
+    if opened.singletons:
+        return "a tensor for each layer and expert"
     return "one tensor for all" if opened.stacked_layers else "a tensor each"
 
 

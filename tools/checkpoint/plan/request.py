@@ -264,7 +264,7 @@ def _vocabulary(source: Opened, request: Request, layout: Layout) -> int | None:
 
 def _stacked(source: Opened) -> bool:
     """Whether ``torch_dist`` has one tensor for all layers, as the run's build would write."""
-    if source.location.form == "torch_dist":
+    if source.location.form == "torch_dist" and not source.singletons:
         return source.stacked_layers
     args = source.args
     frequency = getattr(args, "moe_layer_freq", 1)

@@ -20,6 +20,7 @@ from megatron_moe.tools.checkpoint.model.atoms import (
 )
 from megatron_moe.tools.checkpoint.model.boxes import Shape, boxes_of_range, row_major
 from megatron_moe.tools.checkpoint.model.buffers import Bucket, Parameter
+from megatron_moe.tools.checkpoint.model.catalogue import extra_state_owner
 from megatron_moe.tools.checkpoint.model.inventory import Kind, Layer
 from megatron_moe.tools.checkpoint.model.layout import Coordinates
 from megatron_moe.tools.checkpoint.model.members import bucket_size
@@ -327,10 +328,23 @@ class DistTarget:
                 key = f"rng_state/shard_{pp}.{tp}_{layout.pp}.{layout.tp}"
                 self.keep.object(self, key, value, pp * self._stage_ranks)
 
+    @property
+    def _keeps_extra_states(self) -> bool:
+        """Whether FP8 states have the same keys in source and target."""
+        return (
+            self.source.location.form == "torch_dist"
+            and not self.source.singletons
+            and self.source.stacked_layers == self.to.stacked_layers
+        )
+
     def _extra_states(self) -> None:
-        """Empty FP8 states that modules ask for, where the source is a legacy checkpoint."""
-        if self.source.location.form == "torch_dist":
+        """Empty FP8 states that modules ask for, where the source's cannot be taken over."""
+        if self._keeps_extra_states:
             return
+        if self.source.location.form == "torch_dist":
+            self.target.dropped.append(
+                Drop("FP8 states", "layers and experts are stacked otherwise; empty ones instead")
+            )
         owners = self.source.extra_states | {"mlp.experts.linear_fc1", "mlp.experts.linear_fc2"}
         inventory = self.source.inventory
         total = len(inventory.layers)
@@ -366,6 +380,8 @@ class DistTarget:
         same = (old.world_size, old.tp, old.pp) == (new.world_size, new.tp, new.pp)
         for key, place in self.source.objects.items():
             if re.match(r"(common_state|rng_state)/|(chained_\d+\.)?optimizer\.", key):
+                continue
+            if extra_state_owner(key) and not self._keeps_extra_states:
                 continue
             if key.startswith("rerun_state_machine_state/") and not same:
                 drop = Drop("rerun state machine", "it belongs to ranks that are gone")

@@ -98,6 +98,12 @@ class Opened:
     chunks: dict[tuple[str, int], list[str]] = field(default_factory=dict)
 
     @property
+    def singletons(self) -> bool:
+        """Whether ``torch_dist`` has one key for each layer and expert."""
+        content = self.common.get("content_metadata") or {}
+        return bool(content.get("singleton_local_shards"))
+
+    @property
     def folder(self) -> Path:
         """Folder of its files."""
         return self.location.folder
