@@ -93,7 +93,7 @@ class SavedRun:
             *("--moe-layer-impl", self.impl, "--ckpt-format", self.form),
             *_OPTIMIZERS[self.optimizer],
         ]
-        if sizes.vpp:
+        if sizes.vpp and "--pipeline-model-parallel-layout" not in self.flags:
             words += ["--num-virtual-stages-per-pipeline-rank", str(sizes.vpp)]
         if sizes.tp > 1:
             words.append("--sequence-parallel")

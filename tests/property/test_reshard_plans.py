@@ -197,11 +197,11 @@ def chain(journey: Any, counted: Counter) -> None:
         assert {a: h.shape for a, h in opened.tensors.atoms.items()} == same
 
 
-def run(examples: int) -> int:
+def run(examples: int, layers: int) -> int:
     counted: Counter = Counter()
 
     @settings(max_examples=examples, suppress_health_check=list(HealthCheck), database=None)
-    @given(journeys())
+    @given(journeys(layers=layers))
     def every(journey: Any) -> None:
         chain(journey, counted)
 
@@ -210,10 +210,10 @@ def run(examples: int) -> int:
 
 
 def test_plans_move_every_element_once() -> None:
-    assert run(80) >= 320
+    assert run(75, layers=2) >= 300
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(25), ids=lambda i: f"{400 * (i + 1)}_plans")
 def test_ten_thousand_plans_move_every_element_once(part: int) -> None:
-    assert run(100) >= 400
+    assert run(100, layers=4) >= 400

@@ -188,6 +188,11 @@ def main(
         for case in chosen:
             status.update(f"{case.name}, in {place}")
             rows.append(bench.run(case))
+            seconds = {
+                side: [round(cost.seconds, 1) for cost in costs]
+                for side, costs in rows[-1].costs.items()
+            }
+            console.print(f"{case.name}: {seconds}", style="dim", highlight=False)
         status.update("commands")
         rows += bench.commands()
     console.print(cost_table(rows, str(model)))
