@@ -25,9 +25,9 @@ from megatron_moe.tools.checkpoint.model.catalogue import (
     extra_state_owner,
     parse_dist_key,
 )
+from megatron_moe.tools.checkpoint.read.local import is_gated
 from megatron_moe.tools.checkpoint.read.locate import Location
 from megatron_moe.tools.checkpoint.read.opened import Collector, Object, Opened, layout_of
-from megatron_moe.tools.checkpoint.read.torch_files import is_gated
 from megatron_moe.tools.checkpoint.stored import archive, pickles
 from megatron_moe.tools.checkpoint.stored.dtypes import DType
 

@@ -16,11 +16,11 @@ from megatron_moe.tools.checkpoint.model.catalogue import (
     EMBEDDING,
     OUTPUT,
     Key,
-    atom_template,
     extra_state_owner,
     parse_module_key,
 )
 from megatron_moe.tools.checkpoint.model.layout import Coordinates, Layout
+from megatron_moe.tools.checkpoint.read.local import Place, local_array
 from megatron_moe.tools.checkpoint.read.locate import Location
 from megatron_moe.tools.checkpoint.read.opened import Collector, Opened, layout_of
 from megatron_moe.tools.checkpoint.stored import archive, pickles
@@ -308,6 +308,7 @@ def _read_weights(
 ) -> None:
     tied = not getattr(args, "untie_embeddings_and_output_weights", False)
     for v, chunk in enumerate(file.chunks):
+        place = Place(file.path, file.place, *file.offsets[v], layout, args)
         arrays: dict[str, tuple[Key, Array]] = {}
         for name, value in chunk.items():
             if owner := extra_state_owner(name):
@@ -325,7 +326,7 @@ def _read_weights(
                 )
             if tied and key.rule.name == OUTPUT:
                 key = replace(key, rule=_embedding_rule())
-            array, view = local_array(key, value.shape, file, v, layout, args, name)
+            array, view = local_array(name, key, value.shape, place)
             if not key.rule.buffer:
                 arrays[name] = (key, array)
             record = records.of(file.path, file.members, value, name)
@@ -353,64 +354,6 @@ def _note_style(result: Opened, name: str, key: Key) -> None:
             else "sequential" if "local_experts" in name
             else "grouped"
         )  # fmt: skip
-
-
-def local_array(
-    key: Key,
-    shape: tuple[int, ...],
-    file: RankFile,
-    chunk: int,
-    layout: Layout,
-    args: Namespace,
-    name: str,
-) -> tuple[Array, tuple[int, ...] | None]:
-    """Describe a rank's tensor; also return its strides where it is viewed in another shape."""
-    place, offsets = file.place, file.offsets[chunk]
-    layer = None if key.layer is None else key.layer + offsets[1 if key.mtp else 0]
-    template = atom_template(key, layer)
-    index, count = place.tp, layout.tp
-    if key.expert is not None:
-        index, count = place.etp, layout.expert_tp
-    if key.rule.cut == "unknown" and count > 1:
-        raise CheckpointError(
-            f"{file.path}: {name}: whether it is cut over tensor-parallel ranks depends on the "
-            "build: reshard this model from torch_dist"
-        )
-    cut = {"rows": 0, "columns": 1}.get(key.rule.cut) if count > 1 else None
-    halves = 2 if key.rule.gated and is_gated(args) else 1
-    if key.expert is None:
-        return Array(template, shape, halves=halves, cut=cut, index=index, count=count), None
-    experts = getattr(args, "num_experts", None)
-    if not experts or experts % layout.ep:
-        raise CheckpointError(
-            f"{file.path}: holds {name}, its arguments say {experts} experts with EP {layout.ep}: "
-            "files of different runs were mixed"
-        )
-    local = experts // layout.ep
-    first = place.ep * local
-    if not key.stacked:
-        template = template.replace("{expert}", str(first + key.expert))
-        return Array(template, shape, halves=halves, cut=cut, index=index, count=count), None
-    view = None
-    if key.transposed:
-        # Memory is (e, in, out) whatever the parameter's shape says.
-        hidden = int(args.hidden_size)
-        inner = shape[0] * shape[1] // (local * hidden)
-        shape = (local, hidden, inner) if name.endswith("weight1") else (local, inner, hidden)
-        view = (shape[1] * shape[2], shape[2], 1)
-    array = Array(
-        template, shape, ("expert",), (first,), halves, None, cut, index, count, key.transposed
-    )
-    return array, view
-
-
-def is_gated(args: Namespace) -> bool:
-    """Whether the feed-forward layers are gated (SwiGLU and its kin)."""
-    return bool(
-        getattr(args, "swiglu", False)
-        or getattr(args, "gated_linear_unit", False)
-        or getattr(args, "quick_geglu", False)
-    )
 
 
 def _count_files(result: Opened) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from helpers.synthetic import edit_atom, made
+from helpers.spoiling import edit_atom
+from helpers.synthetic import made
 
 from megatron_moe.cli import main
 from megatron_moe.tools.checkpoint.model.atoms import AtomId

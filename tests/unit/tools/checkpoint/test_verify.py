@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.synthetic import Arch, edit_atom, made, reshard
+from helpers.spoiling import edit_atom
+from helpers.synthetic import Arch, made, reshard
 
 from megatron_moe.tools.checkpoint.errors import CheckpointError
 from megatron_moe.tools.checkpoint.model.atoms import AtomId
