@@ -9,7 +9,7 @@ from megatron_moe.tools.checkpoint.errors import CheckpointError
 from megatron_moe.tools.checkpoint.model.arrays import Array
 from megatron_moe.tools.checkpoint.model.boxes import Shape
 from megatron_moe.tools.checkpoint.model.catalogue import Key, atom_template
-from megatron_moe.tools.checkpoint.model.layout import Layout
+from megatron_moe.tools.checkpoint.model.layout import Coordinates, Layout
 
 
 @dataclass(frozen=True, slots=True)
