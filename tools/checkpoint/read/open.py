@@ -51,6 +51,7 @@ def open_checkpoint(
     _check_whole(opened)
     opened.inventory = take(opened.tensors.atoms)
     _check_arguments(opened)
+    _check_experts(opened)
     if optimizer:
         _check_optimizer(opened)
     return opened
@@ -135,6 +136,20 @@ def _check_arguments(opened: Opened) -> None:
                 f"{opened.folder}: its arguments say {said} {what}, its tensors hold {count}: "
                 "files are missing, or of different runs"
             )
+
+
+def _check_experts(opened: Opened) -> None:
+    """Every MoE layer has all experts: one lost at the end of the numbers leaves no gap."""
+    total = opened.inventory.num_experts
+    for which in ("layers", "mtp"):
+        for number, layer in getattr(opened.inventory, which).items():
+            if 0 < layer.num_experts < total:
+                lost = list(range(layer.num_experts, total))
+                name = next(name for name in layer.kinds if name.startswith("mlp.experts."))
+                raise CheckpointError(
+                    f"{opened.folder}: layer {number}: {name} of experts {lost} is missing: files "
+                    "are missing, or of different runs"
+                )
 
 
 def _check_optimizer(opened: Opened) -> None:
