@@ -27,6 +27,7 @@ from megatron_moe.tools.checkpoint.model.atoms import (
     Extent,
     Held,
 )
+from megatron_moe.tools.checkpoint.read import objects
 from megatron_moe.tools.checkpoint.read.opened import Opened
 from megatron_moe.tools.checkpoint.read.values import AtomReader
 from megatron_moe.tools.checkpoint.stored.records import Files, crc_of
@@ -107,6 +108,7 @@ def verify(opened: Opened, *, workers: int = 2) -> Verdict:
         verdict.faults += [fault for _, fault in faults]
         wrong |= {number for number, _ in faults}
     verdict.checked["records by CRC"] = len(records)
+    verdict.faults += [Fault(*found) for found in objects.damaged(opened)]
     atoms = list(opened.tensors.atoms)
     held = opened.tensors.atoms
     for faults, digests, counts in _in_processes(
