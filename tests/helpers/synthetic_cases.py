@@ -59,16 +59,12 @@ def requests(draw: Any, arch: Arch, *, optimizer: bool = True) -> dict[str, Any]
         "divisible_by": draw(st.sampled_from([1, 2, 4, 8])),
         "links": draw(st.booleans()),
     }
-    if form == "torch":
-        # One parameter or many are told apart by the run's arguments alone.
-        named = "stacked" if arch.spelling == "stacked" else "grouped"
-        # GroupedMLP has no biases.
-        spellings = ["sequential", named, "single", *(() if arch.bias else ("grouped_mlp",))]
-        wishes["experts"] = draw(st.sampled_from(spellings))
-        wishes["spec"] = draw(st.sampled_from(["local", "te"]))
-    else:  # torch_dist has names of its own; the order in flat buffers is the run's
-        wishes["experts"] = arch.spelling
-        wishes["spec"] = "te" if arch.engine else "local"
+    # Names in torch files, the order in flat buffers of both. GroupedMLP has no biases.
+    spellings = ["sequential", "grouped", "stacked", "single"]
+    spellings += [] if arch.bias else ["grouped_mlp"]
+    wishes["experts"] = draw(st.sampled_from(spellings))
+    specs = {"grouped": ["te"], "single": ["te"], "stacked": ["local"]}
+    wishes["spec"] = draw(st.sampled_from(specs.get(wishes["experts"], ["local", "te"])))
     return wishes | draw(pipelines(len(arch.moe), arch.mtp))
 
 

@@ -257,6 +257,7 @@ def verify_command(
         sides.append(_open(b, None, trust, optimizer=not weights_only))
     faults: list = []
     known: list = []
+    warnings: list[str] = []
     checked: list = []
     for side in sides:
         if fast and b is not None:
@@ -264,16 +265,20 @@ def verify_command(
             continue
         verdict = verify(side, workers=count)
         faults += verdict.faults
+        warnings += verdict.warnings
         known.append(verdict.digests)
         checked.append({"folder": str(side.folder), **verdict.checked})
     if b is not None:
         faults += compare(sides[0], sides[1], known[0], known[1])
     if as_json:
-        print(json.dumps({"checked": checked, "faults": [f._asdict() for f in faults]}, indent=1))
+        found = {"checked": checked, "warnings": warnings, "faults": [f._asdict() for f in faults]}
+        print(json.dumps(found, indent=1))
     else:
         for one in checked:
             counts = ", ".join(f"{n:,} {k}" for k, n in one.items() if k != "folder")
             print(f"{one['folder']}: {counts}")
+        for warning in warnings:
+            print(f"warning: {warning}")
         for fault in faults:
             print(f"WRONG {fault}")
         verdict_text = "equal" if b is not None else "whole"

@@ -119,8 +119,8 @@ def _check_experts(inventory: Inventory, experts: dict[tuple[int, str], set[int]
         for number, layer in layers.items():
             for name in layer.kinds:
                 found = experts.get((id(layer), name))
-                if found is not None and len(found) != layer.num_experts:
-                    lost = sorted(set(range(layer.num_experts)) - found)
+                if found is not None and len(found) != inventory.num_experts:
+                    lost = sorted(set(range(inventory.num_experts)) - found)
                     raise CheckpointError(
                         f"{which} {number}: {name} of experts {lost} is missing: files are "
                         "missing, or of different runs"

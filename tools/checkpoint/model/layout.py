@@ -92,7 +92,8 @@ class Layout:
     def __str__(self) -> str:
         axes = [("TP", self.tp), ("PP", self.pp), ("VPP", self.vpp), ("EP", self.ep)]
         axes += [("ETP", self.expert_tp), ("CP", self.cp), ("DP", self.dp)]
-        shown = [f"{name}{size}" for name, size in axes if size > 1 or name in ("TP", "PP", "EP")]
+        always = ("TP", "PP", "EP", *(["ETP"] if self.expert_tp != self.tp else []))
+        shown = [f"{name}{size}" for name, size in axes if size > 1 or name in always]
         return "·".join(shown)
 
 

@@ -107,19 +107,28 @@ class Keeper:
         return target
 
     def _take_over(self, target: Target, places: dict[_Place, Object]) -> set[str]:
-        names = set()
-        for number, (path, entries) in enumerate(sorted(self._kept.items())):
-            archives = {(place.offset, place.length) for _, place in entries}
-            live = sum(length for _, length in archives)
-            if self.to.links and live >= _LIVE_SHARE * self.source.files[path]:
+        archives = {
+            path: {(place.offset, place.length) for _, place in entries}
+            for path, entries in self._kept.items()
+        }
+        linked = {
+            path
+            for path, found in archives.items()
+            if self.to.links
+            and sum(length for _, length in found) >= _LIVE_SHARE * self.source.files[path]
+        }
+        names, number = set(linked), 0
+        for path, entries in sorted(self._kept.items()):
+            if path in linked:
                 target.files.append(OutFile(path, link=path, size=self.source.files[path]))
                 places.update(entries)
-                names.add(path)
                 continue
+            while f"__{number}_9.distcp" in names:  # the source may be an output of ours
+                number += 1
             out = OutFile(f"__{number}_9.distcp")
             names.add(out.path)
             moved = {}
-            for offset, length in sorted(archives):
+            for offset, length in sorted(archives[path]):
                 moved[offset] = out.size
                 out.kept.append(Kept(out.size, path, offset, length))
                 out.size += length

@@ -233,14 +233,32 @@ def _optimizer(source: Opened, request: Request, form: str) -> str | None:
 
 def _style(source: Opened, request: Request) -> Style:
     style = style_of(source)
+    engine = ("grouped", "single")
+    if request.spec == "local" and request.experts in engine:
+        raise CheckpointError(
+            f"--experts {request.experts} --spec local: these experts exist only in Transformer "
+            "Engine's spec; pass --spec te, or --experts stacked for this plugin's"
+        )
+    if request.spec == "te" and request.experts == "stacked":
+        raise CheckpointError(
+            "--experts stacked --spec te: this plugin's grouped experts exist only in the local "
+            "spec; pass --spec local, or --experts grouped for Transformer Engine's"
+        )
     if request.experts:
-        style = replace(style, experts=request.experts)
+        fused = request.experts in engine or (style.fused_norms and request.experts != "stacked")
+        style = replace(style, experts=request.experts, fused_norms=fused)
     if request.spec:
         style = replace(style, fused_norms=request.spec == "te")
-        if request.spec == "te" and not request.experts and style.experts == "sequential":
-            grouped = getattr(source.args, "moe_grouped_gemm", False)
-            style = replace(style, experts="grouped" if grouped else "sequential")
+        if request.experts is None:
+            style = replace(style, experts=_counterpart(style.experts, request.spec))
     return style
+
+
+def _counterpart(experts: str, spec: str) -> str:
+    """Return the kind of experts that a run has in the other spec."""
+    if spec == "te":
+        return "grouped" if experts == "stacked" else experts
+    return "stacked" if experts in ("grouped", "single") else experts
 
 
 def _vocabulary(source: Opened, request: Request, layout: Layout) -> int | None:

@@ -7,8 +7,10 @@ from argparse import Namespace
 from copy import copy
 from typing import Any
 
+from megatron_moe.tools.checkpoint.model.ranks import Style
 from megatron_moe.tools.checkpoint.plan.output import Drop, Target
 from megatron_moe.tools.checkpoint.plan.request import Resolved
+from megatron_moe.tools.checkpoint.read.open import style_of
 from megatron_moe.tools.checkpoint.read.opened import Opened, OptimizerState
 from megatron_moe.tools.checkpoint.stored.dtypes import FLOAT32
 from megatron_moe.tools.checkpoint.stored.pickles import Inert, Literal
@@ -57,11 +59,25 @@ def arguments(source: Opened, to: Resolved) -> Namespace:
     for name, value in changes.items():
         if hasattr(args, name):
             setattr(args, name, value)
+    if to.style != style_of(source):
+        vars(args).update(_build(to.style))
     if to.drop_unknown_args or to.dialect != "0.19":
         for name, value in list(vars(args).items()):
             if isinstance(value, Inert) and type(value).foreign[1] in _NEW_CLASSES:
                 delattr(args, name)
     return args
+
+
+def _build(style: Style) -> dict[str, Any]:
+    """Arguments of a run that names its parameters so; buffers are decoded by them."""
+    engine = style.fused_norms or style.experts in ("grouped", "single")
+    return {
+        "transformer_impl": "transformer_engine" if engine else "local",
+        "moe_grouped_gemm": style.experts != "sequential",
+        "moe_layer_impl": "plugin" if style.experts == "stacked" else "megatron",
+        "moe_single_grouped_weight": style.experts == "single",
+        "moe_use_legacy_grouped_gemm": style.experts == "grouped_mlp",
+    }
 
 
 def step_number(optimizer: OptimizerState) -> float | None:

@@ -51,7 +51,6 @@ def open_checkpoint(
     _check_whole(opened)
     opened.inventory = take(opened.tensors.atoms)
     _check_arguments(opened)
-    _check_experts(opened)
     if optimizer:
         _check_optimizer(opened)
     return opened
@@ -68,7 +67,9 @@ def style_of(opened: Opened) -> Style:
         fused = engine
         grouped = getattr(args, "moe_grouped_gemm", False)
         experts = "sequential"
-        if grouped and engine:
+        if getattr(args, "moe_use_legacy_grouped_gemm", False) and grouped:
+            experts = "grouped_mlp"
+        elif grouped and engine:
             experts = "single" if getattr(args, "moe_single_grouped_weight", False) else "grouped"
         elif runs_stacked(args):
             experts = "stacked"
@@ -136,20 +137,6 @@ def _check_arguments(opened: Opened) -> None:
                 f"{opened.folder}: its arguments say {said} {what}, its tensors hold {count}: "
                 "files are missing, or of different runs"
             )
-
-
-def _check_experts(opened: Opened) -> None:
-    """Every MoE layer has all experts: one lost at the end of the numbers leaves no gap."""
-    total = opened.inventory.num_experts
-    for which in ("layers", "mtp"):
-        for number, layer in getattr(opened.inventory, which).items():
-            if 0 < layer.num_experts < total:
-                lost = list(range(layer.num_experts, total))
-                name = next(name for name in layer.kinds if name.startswith("mlp.experts."))
-                raise CheckpointError(
-                    f"{opened.folder}: layer {number}: {name} of experts {lost} is missing: files "
-                    "are missing, or of different runs"
-                )
 
 
 def _check_optimizer(opened: Opened) -> None:

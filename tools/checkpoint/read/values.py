@@ -60,13 +60,11 @@ class AtomReader:
         """Have the kernel fetch what will be read soon, while other work goes on."""
         for extent in extents:
             record = self.opened.tensors.records[extent.record]
-            fd = self.files.fd(record.path)
-            if record.archive is not None:
-                fetch(fd, *record.archive)
-                continue
             size = record.dtype.itemsize
             span = 1 + sum((n - 1) * s for n, s in zip(extent.shape, extent.strides, strict=True))
-            fetch(fd, self._base(extent.record) + extent.offset * size, span * size)
+            # Where a chunk's bytes start in its archive is near enough to the archive's start.
+            base = record.archive[0] if record.archive else self._base(extent.record)
+            fetch(self.files.fd(record.path), base + extent.offset * size, span * size)
 
     def _base(self, number: int) -> int:
         if number not in self._bases:

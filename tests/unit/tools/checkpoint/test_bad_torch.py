@@ -74,7 +74,7 @@ def test_files_that_megatron_up_to_0_18_did_not_write(tmp_path):
     remove(folder, "mp_rank_01")
     refuse(
         folder,
-        r"no mp_rank file holds tp 1, pp 0 of TP2·PP1·EP1: Megatron up to "
+        r"no mp_rank file holds tp 1, pp 0 of TP2·PP1·EP1·ETP1: Megatron up to "
         r"0\.18 writes too few files "
         r"when TP > EP·ETP \(issue 4200\)",
     )

@@ -125,7 +125,7 @@ def test_what_follows_from_sizes():
     assert Layout(tp=4, etp=1).separate_experts
     assert Layout(ep=2).separate_experts
     assert Layout(tp=2, pp=3, dp=4).world_size == 24
-    assert str(Layout(tp=2, pp=2, ep=2, etp=1)) == "TP2·PP2·EP2"
+    assert str(Layout(tp=2, pp=2, ep=2, etp=1)) == "TP2·PP2·EP2·ETP1"
     assert str(Layout(tp=2, ep=2, dp=2)) == "TP2·PP1·EP2·ETP2·DP2"
 
 
