@@ -46,8 +46,6 @@ def requests(draw: Any, arch: Arch, *, optimizer: bool = True) -> dict[str, Any]
     while tp * dp % (ep * etp):
         dp += 1
     optims = ["plain", "fully", "dp"] if optimizer else ["keep"]
-    if arch.tied and arch.mtp and optimizer:
-        optims.remove("dp")  # copies of the embedding are cut at other elements
     wishes = {
         "form": form,
         "tp": tp,

@@ -27,9 +27,10 @@ from megatron_moe.tools.checkpoint.model.atoms import (
     Extent,
     Held,
 )
+from megatron_moe.tools.checkpoint.model.boxes import Shape, overlap
 from megatron_moe.tools.checkpoint.read import objects
 from megatron_moe.tools.checkpoint.read.opened import Opened
-from megatron_moe.tools.checkpoint.read.values import AtomReader
+from megatron_moe.tools.checkpoint.read.values import AtomReader, inner_offset
 from megatron_moe.tools.checkpoint.stored.records import Files, crc_of
 from megatron_moe.tools.checkpoint.write import manifest
 
@@ -169,10 +170,22 @@ def _check_atoms(
 
 
 def _same_replica(reader: AtomReader, held: Held, replica: Extent) -> bool:
-    first = next(e for e in held.extents if (e.start, e.shape) == (replica.start, replica.shape))
     box = Held(held.shape, held.dtype)
-    pairs = zip(reader.blocks(box, [first]), reader.blocks(box, [replica]), strict=True)
-    return all(np.array_equal(a, b) for a, b in pairs)
+    for extent in held.extents:
+        found = overlap(extent.start, extent.shape, replica.start, replica.shape)
+        if found is None:
+            continue
+        pair = [[_within(one, *found)] for one in (extent, replica)]
+        blocks = zip(*(reader.blocks(box, one) for one in pair), strict=True)
+        if not all(np.array_equal(a, b) for a, b in blocks):
+            return False
+    return True
+
+
+def _within(extent: Extent, start: Shape, shape: Shape) -> Extent:
+    """Return a part of an extent."""
+    offset = extent.offset + inner_offset(start, extent)
+    return extent._replace(start=start, shape=shape, offset=offset)
 
 
 def to_bfloat16(values: np.ndarray) -> np.ndarray:

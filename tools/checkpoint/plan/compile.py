@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from megatron_moe.tools.checkpoint.errors import CheckpointError
 from megatron_moe.tools.checkpoint.model.atoms import MASTER, WEIGHT, AtomId, Extent, Held
-from megatron_moe.tools.checkpoint.model.boxes import Shape, fault_of_cover
+from megatron_moe.tools.checkpoint.model.boxes import Shape, fault_of_cover, overlap
 from megatron_moe.tools.checkpoint.model.catalogue import EMBEDDING, OUTPUT
 from megatron_moe.tools.checkpoint.plan.keep import Keeper
 from megatron_moe.tools.checkpoint.plan.output import Drop, Target
@@ -239,9 +239,21 @@ def _check_covers(target: Target) -> None:
             (e.start, e.shape)
             for e in (*target.atoms.get(atom, ()), *target.kept_atoms.get(atom, ()))
         ]
-        fault = fault_of_cover(list(dict.fromkeys(boxes)), target.shapes[atom])
+        fault = fault_of_cover(_first_copy(boxes, target.shapes[atom]), target.shapes[atom])
         if fault:
             raise CheckpointError(f"{atom}: {fault}: the plan is wrong, nothing was written")
+
+
+def _first_copy(boxes: list[tuple[Shape, Shape]], shape: Shape) -> list[tuple[Shape, Shape]]:
+    """Return boxes without those that only repeat: replicas, perhaps cut at other elements."""
+    once = list(dict.fromkeys(boxes))
+    if sum(prod(size) for _, size in once) <= prod(shape):
+        return once
+    chosen: list[tuple[Shape, Shape]] = []
+    for box in once:
+        if not any(overlap(*box, *other) for other in chosen):
+            chosen.append(box)
+    return chosen
 
 
 def _unused(source: Opened, target: Target, to: Resolved) -> list[Drop]:

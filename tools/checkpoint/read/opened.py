@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from megatron_moe.tools.checkpoint.model.atoms import (
     Record,
     Tensors,
 )
+from megatron_moe.tools.checkpoint.model.boxes import Shape
 from megatron_moe.tools.checkpoint.model.inventory import Inventory
 from megatron_moe.tools.checkpoint.model.layout import Layout
 from megatron_moe.tools.checkpoint.read.locate import Location
@@ -114,7 +116,8 @@ class Collector:
 
     def __init__(self, root: Path) -> None:
         self.tensors = Tensors(root)
-        self._seen: dict[tuple[AtomId, tuple, tuple], int] = {}
+        self._covered: dict[AtomId, int] = {}  # elements
+        self._seen: set[tuple[AtomId, Shape, Shape]] = set()
 
     def record(self, record: Record) -> int:
         """Add a record; return its number."""
@@ -139,11 +142,13 @@ class Collector:
                 "mixed, or the parallel sizes saved with them are not theirs"
             )
         extent = Extent(record, part.start, part.shape, part.offset, part.strides)
-        box = (atom, part.start, part.shape)
-        if box in self._seen:
+        box, covered = (atom, part.start, part.shape), self._covered.get(atom, 0)
+        # A copy in a flat buffer may be cut at other elements than the first, which comes whole.
+        if box in self._seen or covered + prod(part.shape) > prod(part.whole):
             held.replicas.append(extent)
         else:
-            self._seen[box] = record
+            self._seen.add(box)
+            self._covered[atom] = covered + prod(part.shape)
             held.extents.append(extent)
 
 
