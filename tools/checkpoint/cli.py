@@ -121,7 +121,7 @@ def _shown(value: Any) -> str:
 @click.option("--pp", type=int, help="Pipeline-parallel size.")
 @click.option("--vpp", type=int, help="Model chunks of a pipeline rank (virtual stages).")
 @click.option("--ep", type=int, help="Expert-parallel size.")
-@click.option("--etp", type=int, help="Expert-tensor-parallel size.")
+@click.option("--etp", type=int, help="Expert-tensor-parallel size; where it was TP, it stays TP.")
 @click.option("--dp", type=int, help="Data-parallel size; matters to dp_reshardable and torch.")
 @click.option("--format", "form", type=click.Choice(["torch", "torch_dist"]))
 @click.option("--dialect", type=click.Choice(["0.16", "0.17", "0.19"]), help="Megatron to load it.")

@@ -145,9 +145,9 @@ def _layout(source: Opened, request: Request) -> Layout:
         wanted = getattr(request, name)
         sizes[name] = wanted if wanted is not None else getattr(old, name)
     sizes["vpp"] = request.vpp or (old.vpp if sizes["pp"] == old.pp else 1)
-    # Megatron's own default is ETP = TP; a source's ETP of its own is kept.
-    etp = request.etp if request.etp is not None else old.etp
-    sizes["etp"] = etp
+    # Megatron's own default is ETP = TP, saved as a number; a source's ETP of its own is kept.
+    follows = old.expert_tp == old.tp
+    sizes["etp"] = request.etp or (sizes["tp"] if follows else old.etp)
     layout = Layout(**sizes)
     if request.dp is not None:
         layout = replace(layout, dp=request.dp * old.cp)

@@ -190,9 +190,21 @@ def read_box(
 
 
 def write_box(
-    fd: int, base: int, first: int, strides: Shape, data: np.ndarray
+    fd: int, base: int, first: int, strides: Shape, data: np.ndarray, crc: int | None = None
 ) -> tuple[int, int, int] | None:
-    """Write an array into a box of a record; arguments and result as :func:`read_box`."""
+    """Write an array into a box of a record.
+
+    Args:
+        fd: File.
+        base: Byte at which the record's data start.
+        first: Element of the record at which the box starts.
+        strides: Of the box in the record, in elements.
+        data: What is written.
+        crc: CRC-32 of its bytes, where it is known already.
+
+    Returns:
+        As :func:`read_box`.
+    """
     size = data.dtype.itemsize
     order, inner = runs(data.shape, strides)
     turned = data.transpose(order)
@@ -200,7 +212,7 @@ def write_box(
         view = memoryview(np.ascontiguousarray(turned).reshape(-1)).cast("B")
         pwrite_all(fd, view, base + first * size)
         send(fd, base + first * size, len(view))
-        return first * size, len(view), zlib.crc32(view)
+        return first * size, len(view), zlib.crc32(view) if crc is None else crc
     outer = len(order) - inner
     for index in product(*(range(turned.shape[d]) for d in range(outer))):
         at = first + sum(i * strides[order[d]] for d, i in enumerate(index))

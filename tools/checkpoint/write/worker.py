@@ -11,6 +11,7 @@ import xxhash
 
 from megatron_moe.tools.checkpoint.errors import CheckpointError
 from megatron_moe.tools.checkpoint.model.atoms import Extent
+from megatron_moe.tools.checkpoint.model.boxes import row_major
 from megatron_moe.tools.checkpoint.plan.compile import Job, Plan
 from megatron_moe.tools.checkpoint.read.values import (
     BLOCK,
@@ -101,15 +102,20 @@ class Worker:
         for first, last in row_blocks(job.shape, job.itemsize, [*job.sources, *job.targets], limit):
             # Zeros: what the source has not, rows of a longer vocabulary.
             buffer = np.zeros((last - first, *job.shape[1:]), carrier)
+            crc = None  # of the block, where it was read in one run
             for extent in job.sources:
                 if piece := self.reader.fill(extent, first, buffer):
                     done.read.append(piece)
+                    if piece.length == buffer.nbytes and _in_order(extent):
+                        crc = piece.crc
             digest.update(memoryview(buffer.reshape(-1)).cast("B"))
             for extent in job.targets:
-                self._write(extent, first, buffer, done)
+                self._write(extent, first, buffer, crc, done)
         return digest.hexdigest()
 
-    def _write(self, extent: Extent, first: int, buffer: np.ndarray, done: Done) -> None:
+    def _write(
+        self, extent: Extent, first: int, buffer: np.ndarray, crc: int | None, done: Done
+    ) -> None:
         found = part_of(extent, first, buffer.shape)
         if found is None:
             return
@@ -118,7 +124,8 @@ class Worker:
         at = extent.offset + inner_offset(start, extent)
         path = self.plan.target.files[record.file].path
         data = window(buffer, start, shape, first)
-        piece = write_box(self.targets.fd(path), record.offset, at, extent.strides, data)
+        known = crc if data.shape == buffer.shape and _in_order(extent) else None
+        piece = write_box(self.targets.fd(path), record.offset, at, extent.strides, data, known)
         if piece:
             done.written.append(Piece(extent.record, *piece))
         else:
@@ -128,6 +135,11 @@ class Worker:
         """Close every file."""
         self.reader.files.close()
         self.targets.close()
+
+
+def _in_order(extent: Extent) -> bool:
+    """Whether an extent's elements lie in its record as they do in the atom, without gaps."""
+    return extent.strides == row_major(extent.shape)
 
 
 def _copy_range(source: int, target: int, length: int, at: int, to: int) -> int:
