@@ -175,7 +175,8 @@ def main(
     json_file: Path | None,
 ) -> None:
     """Time the resharder beside `cp -r` and beside Megatron's load and save."""
-    console = Console()
+    # A pipe or a log has no width of its own: the table's.
+    console = Console(width=None if sys.stdout.isatty() else 150)
     model = Model.of_bytes((gigabytes or (0.4 if quick else 4)) * _GIGA)
     rounds = rounds or (1 if quick else 3)
     chosen = [CASES[number - 1] for number in _numbers(cases)]
