@@ -116,5 +116,3 @@ class Tensors:
     root: Path
     records: list[Record] = field(default_factory=list)
     atoms: dict[AtomId, Held] = field(default_factory=dict)
-    # Bytes of a record that belong to no atom and are known to be zero: gaps of flat buffers.
-    gaps: set[int] = field(default_factory=set)

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from math import lcm, prod
 
 from megatron_moe.tools.checkpoint.model.arrays import Array
+from megatron_moe.tools.checkpoint.model.atoms import MASTER, MOMENT1, MOMENT2
 
 _START = 64
+# States of a flat buffer as Megatron names them, with their roles.
+STATES = {"param": MASTER, MOMENT1: MOMENT1, MOMENT2: MOMENT2}
 
 
 @dataclass(frozen=True, slots=True)

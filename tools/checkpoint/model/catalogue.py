@@ -47,6 +47,11 @@ class Rule:
     vocabulary: bool = False
     scope: Literal["layer", "mtp", "outer"] = "layer"
 
+    @property
+    def cut_dim(self) -> int | None:
+        """Dimension that is cut; None where every rank has all of it."""
+        return {"rows": 0, "columns": 1}.get(self.cut)
+
 
 def _norm(name: str, fused: str | None = None, scope: Literal["layer", "mtp", "outer"] = "layer"):  # type: ignore[no-untyped-def]
     return [

@@ -88,6 +88,12 @@ def stacked(arrays: Iterable[tuple[str, Key, Array]]) -> Iterator[tuple[str, Key
         yield name, replace(key, expert=0, stacked=True), array
 
 
+def of_member(chunks: list[list[Parameter]], layout: Layout, member: int) -> list[list[Parameter]]:
+    """Return the parameters of one optimizer: 0 dense, 1 experts, where they have their own."""
+    separate = layout.separate_experts
+    return [[p for p in chunk if not separate or p.expert == bool(member)] for chunk in chunks]
+
+
 def bucket_size(args: Namespace, layout: Layout, pp: int, chunk: int) -> int | None:
     """Return the bucket size of a chunk by Megatron's rule; None for one bucket."""
     if not getattr(args, "overlap_grad_reduce", False) or pp > 0 or chunk > 0:

@@ -11,7 +11,7 @@ from megatron_moe.tools.checkpoint.model.buffers import Parameter
 from megatron_moe.tools.checkpoint.model.catalogue import EMBEDDING, OUTPUT, Key
 from megatron_moe.tools.checkpoint.model.inventory import Inventory, Kind, Layer
 from megatron_moe.tools.checkpoint.model.layout import Coordinates, Layout, Stage
-from megatron_moe.tools.checkpoint.model.members import parameters_of
+from megatron_moe.tools.checkpoint.model.members import parameters_of, stacked
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,6 @@ class Rank:
     ) -> None:
         self.inventory, self.layout, self.style = inventory, layout, style
         self.vocabulary = vocabulary
-        self._whole = False  # whether stacked experts are listed as the one parameter they are
 
     def tensors(self, stage: Stage, place: Coordinates) -> Iterator[Local]:
         """Yield the tensors of one chunk, buffers included."""
@@ -188,7 +187,7 @@ class Rank:
                         f"mlp.experts.local_experts.{expert}.{tail}",
                         *one(name, expert),
                     )
-        elif style == "grouped" or (style == "stacked" and not self._whole):
+        elif style in ("grouped", "stacked"):
             for linear in ("linear_fc1", "linear_fc2"):
                 for expert in range(local):
                     for name in kinds:
@@ -215,13 +214,11 @@ class Rank:
 
     def parameters(self, stage: Stage, place: Coordinates) -> list[Parameter]:
         """Return what the optimizer holds of one chunk."""
-        self._whole = True
-        tensors = [
+        tensors = (
             (t.name, t.key, t.array) for t in self.tensors(stage, place) if not t.key.rule.buffer
-        ]
-        self._whole = False
+        )
         return parameters_of(
-            tensors,
+            stacked(tensors) if self.style.experts == "stacked" else tensors,
             self.layout,
             tied=self.style.tied,
             first_stage=stage.embedding and 0 in (stage.layers or (0,)),
@@ -232,7 +229,7 @@ class Rank:
 
 def _slice(template: str, kind: Kind, shape: Shape, index: int, count: int) -> Array:
     """Return the part of a parameter that one tensor-parallel rank holds."""
-    cut = {"rows": 0, "columns": 1}.get(kind.rule.cut) if count > 1 else None
+    cut = kind.rule.cut_dim if count > 1 else None
     own = list(shape)
     if cut is not None:
         own[cut] //= count

@@ -133,7 +133,7 @@ class Globals:
     ) -> Iterator[tuple[Shape, Shape, int]]:
         layout = self.to.layout
         count = layout.expert_tp if expert else layout.tp
-        cut = {"rows": 0, "columns": 1}.get(kind.rule.cut)
+        cut = kind.rule.cut_dim
         own = list(array.shape[len(array.lead) :])
         own[0] //= kind.halves if own else 1
         if cut is None:

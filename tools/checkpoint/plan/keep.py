@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from math import prod
 from typing import Any
 
 from megatron_moe.tools.checkpoint.model.atoms import AtomId, Extent, Part
@@ -149,10 +150,7 @@ def _new_archive(target: Target, key: str, content: Any) -> Object:
         used = 0
         for role, part in parts:
             target.put(role, part, record)
-            count = 1
-            for size in part.shape:
-                count *= size
-            used += count
+            used += prod(part.shape)
         target.records[record].gaps = target.records[record].numel - used
         new.finish(stored)
     else:

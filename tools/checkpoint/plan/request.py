@@ -15,7 +15,6 @@ from megatron_moe.tools.checkpoint.read.opened import Opened
 
 FORMS = ("torch", "torch_dist")
 DIALECTS = ("0.16", "0.17", "0.19")
-OPTIMIZERS = ("keep", "drop", "plain", "fully", "dp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +181,7 @@ def _check_divides(source: Opened, layout: Layout) -> None:
         raise CheckpointError(f"--ep {layout.ep}: this model has no experts; leave --ep out")
     for layer in inventory.all_layers():
         for name, kind in layer.kinds.items():
-            dim = {"rows": 0, "columns": 1}.get(kind.rule.cut)
+            dim = kind.rule.cut_dim
             expert = name.startswith("mlp.experts.")
             size = layout.expert_tp if expert else layout.tp
             if dim is None or kind.rule.vocabulary or kind.shape[dim] % size == 0:

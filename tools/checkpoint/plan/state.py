@@ -94,6 +94,19 @@ def step_tensor(optimizer: OptimizerState) -> Literal:
     return Literal(FLOAT32, (), struct.pack("<f", step_number(optimizer) or 0.0))
 
 
+def with_scaler(source: Opened, member: dict[str, Any]) -> dict[str, Any]:
+    """Return an optimizer's state with the loss scaler's, where there is one (fp16)."""
+    assert source.optimizer is not None
+    if source.optimizer.grad_scaler is not None:
+        member["grad_scaler"] = source.optimizer.grad_scaler
+    return member
+
+
+def half_precision(args: Namespace) -> bool:
+    """Whether weights have fp32 masters beside them."""
+    return any(getattr(args, name, False) for name in ("bf16", "fp16"))
+
+
 def torch_adam(optimizer: OptimizerState) -> bool:
     """Whether the groups are those of torch's Adam, which keeps a step for each parameter."""
     return "foreach" in optimizer.groups[0]

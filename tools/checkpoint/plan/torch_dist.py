@@ -20,7 +20,7 @@ from megatron_moe.tools.checkpoint.model.buffers import Bucket, Parameter
 from megatron_moe.tools.checkpoint.model.catalogue import extra_state_owner
 from megatron_moe.tools.checkpoint.model.inventory import Layer
 from megatron_moe.tools.checkpoint.model.layout import Coordinates
-from megatron_moe.tools.checkpoint.model.members import bucket_size
+from megatron_moe.tools.checkpoint.model.members import bucket_size, of_member
 from megatron_moe.tools.checkpoint.model.ranks import Rank
 from megatron_moe.tools.checkpoint.plan import state
 from megatron_moe.tools.checkpoint.plan.globals import Global, Globals
@@ -45,7 +45,6 @@ class DistTarget:
         self.groups = state.member_groups(source, to) if to.optimizer else []
         self.rank = Rank(source.inventory, to.layout, to.style, to.vocabulary)
         self._tensors: dict[str, tuple[DType, Shape, list[tuple[Shape, Shape]]]] = {}
-        self._objects: dict[str, Any] = {}
 
     def build(self) -> Target:
         """Return the whole target."""
@@ -63,12 +62,16 @@ class DistTarget:
         return self.keep.finish(self)
 
     def _put_states(self, tensor: Global) -> None:
-        master = "param" if self.to.optimizer == "fully_reshardable" else "fp32_param"
-        states = {MOMENT1: MOMENT1, MOMENT2: MOMENT2}
+        roles = [MOMENT1, MOMENT2]
         if self.to.optimizer == "fully_reshardable" or tensor.dtype != FLOAT32:
-            states[MASTER] = master
-        for role, name in states.items():
-            self._put(f"optimizer.state.{name}.{tensor.key}", role, tensor, FLOAT32)
+            roles.append(MASTER)
+        for role in roles:
+            self._put(self._state_key(role) + tensor.key, role, tensor, FLOAT32)
+
+    def _state_key(self, role: str) -> str:
+        """Return what stands before a model's key for its optimizer state."""
+        master = "param" if self.to.optimizer == "fully_reshardable" else "fp32_param"
+        return f"optimizer.state.{master if role == MASTER else role}."
 
     def _put(self, key: str, role: str, tensor: Global, dtype: DType) -> None:
         for start, shape, rank in tensor.chunks:
@@ -88,7 +91,7 @@ class DistTarget:
             for tp in range(layout.tp):
                 place = Coordinates(tp, pp, 0, tp % layout.expert_tp)
                 chunks = [self.rank.parameters(stage, place) for stage in stages]
-                mine = [[p for p in chunk if not p.expert] for chunk in chunks]
+                mine = of_member(chunks, layout, 0)
                 self._group(
                     0, tp + layout.tp * pp, pp, mine, layout.dp, pp * self._stage_ranks + tp
                 )
@@ -97,7 +100,7 @@ class DistTarget:
             for ep, etp in product(range(layout.ep), range(layout.expert_tp)):
                 place = Coordinates(etp % layout.tp, pp, ep, etp)
                 chunks = [self.rank.parameters(stage, place) for stage in stages]
-                mine = [[p for p in chunk if p.expert] for chunk in chunks]
+                mine = of_member(chunks, layout, 1)
                 group = etp + layout.expert_tp * (ep + layout.ep * pp)
                 rank = pp * self._stage_ranks + ep * layout.expert_tp + etp
                 self._group(1, group, pp, mine, layout.expert_dp, rank)
@@ -123,7 +126,7 @@ class DistTarget:
             shown = f"({types[0]!r}, {types[1]!r})"
             for k, bucket in enumerate(found):
                 base = f"{prefix}gbuf_idx_{len(numels)}.dtype_{shown}.bucket_idx_{k}."
-                for name, role in (("param", MASTER), (MOMENT1, MOMENT1), (MOMENT2, MOMENT2)):
+                for name, role in buffers.STATES.items():
                     self._bucket(base + name, role, bucket, dp, rank)
             numels.append({types: [buffers.padded(b.numel, dp) for b in found]})
             unpadded.append({types: [b.numel for b in found]})
@@ -132,10 +135,7 @@ class DistTarget:
             "per_bucket_numel": numels,
             "per_bucket_numel_unpadded": unpadded,
         }
-        assert self.source.optimizer is not None
-        if self.source.optimizer.grad_scaler is not None:
-            objects["grad_scaler"] = self.source.optimizer.grad_scaler
-        for name, value in objects.items():
+        for name, value in state.with_scaler(self.source, objects).items():
             self.keep.object(self, f"{prefix}{name}/shard_0_1", value, rank)
 
     def _bucket(self, key: str, role: str, bucket: Bucket, dp: int, rank: int) -> None:
@@ -163,9 +163,7 @@ class DistTarget:
                 continue
             if atom.role != WEIGHT and self.to.optimizer not in ("plain", "fully_reshardable"):
                 continue
-            master = "param" if self.to.optimizer == "fully_reshardable" else "fp32_param"
-            names = {WEIGHT: "", MASTER: f"optimizer.state.{master}."}
-            key = names.get(atom.role, f"optimizer.state.{atom.role}.") + atom.name
+            key = ("" if atom.role == WEIGHT else self._state_key(atom.role)) + atom.name
             boxes = [(extent.start, extent.shape) for extent in held.extents]
             for start, shape in boxes:
                 part = Part(atom.name, held.shape, start, shape, 0, row_major(shape))
@@ -267,8 +265,6 @@ class DistTarget:
         self.keep.common(self, common)
 
     def _optimizer_common(self) -> Any:
-        optimizer = self.source.optimizer
-        assert optimizer is not None
         members: list[dict[str, Any]] = []
         for groups in self.groups:
             if self.to.optimizer == "dp_reshardable":
@@ -279,9 +275,7 @@ class DistTarget:
                 members.append(self._plain_member(inner))
                 continue
             member = {"optimizer": inner, "param_state_sharding_type": "fully_reshardable"}
-            if optimizer.grad_scaler is not None:
-                member["grad_scaler"] = optimizer.grad_scaler
-            members.append(member)
+            members.append(state.with_scaler(self.source, member))
         return members[0] if len(members) == 1 else dict(enumerate(members))
 
     def _plain_member(self, inner: dict[str, Any]) -> dict[str, Any]:
@@ -289,9 +283,6 @@ class DistTarget:
         assert optimizer is not None
         if state.torch_adam(optimizer):
             inner["state"] = {"common_step": state.step_tensor(optimizer)}
-        if not any(getattr(self.args, name, False) for name in ("bf16", "fp16")):
+        if not state.half_precision(self.args):
             return inner
-        member: dict[str, Any] = {"optimizer": inner}
-        if optimizer.grad_scaler is not None:
-            member["grad_scaler"] = optimizer.grad_scaler
-        return member
+        return state.with_scaler(self.source, {"optimizer": inner})

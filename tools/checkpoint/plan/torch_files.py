@@ -11,7 +11,7 @@ from megatron_moe.tools.checkpoint.model.atoms import MASTER, MOMENT1, MOMENT2, 
 from megatron_moe.tools.checkpoint.model.boxes import row_major
 from megatron_moe.tools.checkpoint.model.buffers import Parameter
 from megatron_moe.tools.checkpoint.model.layout import Coordinates, Places
-from megatron_moe.tools.checkpoint.model.members import bucket_size
+from megatron_moe.tools.checkpoint.model.members import bucket_size, of_member
 from megatron_moe.tools.checkpoint.model.ranks import Local, Rank
 from megatron_moe.tools.checkpoint.plan import state
 from megatron_moe.tools.checkpoint.plan.output import NewArchive, OutFile, Target
@@ -115,22 +115,18 @@ class TorchTarget:
         chunks = [self.rank.parameters(stage, place) for stage in self.to.stages[place.pp]]
         if len(self.groups) == 1:
             return [chunks]
-        return [[[p for p in c if p.expert == bool(m)] for c in chunks] for m in (0, 1)]
+        return [of_member(chunks, self.to.layout, member) for member in (0, 1)]
 
     def _optimizer(self, new: NewArchive, place: Coordinates) -> Any:
         members = []
         for groups, chunks in zip(self.groups, self._members(place), strict=True):
             if self.to.optimizer == "distributed":
-                members.append(self._with_scaler({"optimizer": {"param_groups": groups}}))
+                members.append(
+                    state.with_scaler(self.source, {"optimizer": {"param_groups": groups}})
+                )
             else:
                 members.append(self._plain(new, groups, [p for c in chunks for p in c]))
         return members[0] if len(members) == 1 else members
-
-    def _with_scaler(self, member: dict[str, Any]) -> dict[str, Any]:
-        assert self.source.optimizer is not None
-        if self.source.optimizer.grad_scaler is not None:
-            member["grad_scaler"] = self.source.optimizer.grad_scaler
-        return member
 
     def _plain(
         self, new: NewArchive, groups: list[dict[str, Any]], ordered: list[Parameter]
@@ -151,16 +147,14 @@ class TorchTarget:
                 index += 1
             masters.append(kept)
         inner = {"state": states, "param_groups": full}
-        if self._half_precision():
-            return self._with_scaler({"optimizer": inner, "fp32_from_fp16_params": masters})
+        if state.half_precision(self.source.args):
+            return state.with_scaler(
+                self.source, {"optimizer": inner, "fp32_from_fp16_params": masters}
+            )
         return inner
 
-    def _half_precision(self) -> bool:
-        """Whether weights have fp32 masters beside them."""
-        return any(getattr(self.source.args, name, False) for name in ("bf16", "fp16"))
-
     def _state(self, new: NewArchive, role: str, parameter: Parameter) -> Any:
-        if role == MASTER and not self._half_precision():
+        if role == MASTER and not state.half_precision(self.source.args):
             return None
         return self._whole(new, role, parameter.array, FLOAT32, parameter.key)
 
@@ -186,7 +180,7 @@ class TorchTarget:
             buckets = buffers.cut(parameters, size, dp)
             numel = sum(bucket.numel for bucket in buckets)
             entry: dict[str, Any] = {}
-            for name, role in (("param", MASTER), (MOMENT1, MOMENT1), (MOMENT2, MOMENT2)):
+            for name, role in buffers.STATES.items():
                 label = f"{role} of chunk {v}"
                 entry[name], record = new.tensor(FLOAT32, (numel,), label)
                 self.fill(buckets, role, record)

@@ -49,7 +49,7 @@ def local_array(name: str, key: Key, shape: Shape, place: Place) -> tuple[Array,
             f"{place.path}: {name}: whether it is cut over tensor-parallel ranks depends on the "
             "build: reshard this model from torch_dist"
         )
-    cut = {"rows": 0, "columns": 1}.get(key.rule.cut) if count > 1 else None
+    cut = key.rule.cut_dim if count > 1 else None
     halves = 2 if key.rule.gated and is_gated(place.args) else 1
     one = Array(template, shape, halves=halves, cut=cut, index=index, count=count)
     return (one, None) if key.expert is None else _expert_array(name, key, one, place)

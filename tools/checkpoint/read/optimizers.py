@@ -7,12 +7,13 @@ from typing import Any
 
 from megatron_moe.tools.checkpoint.errors import CheckpointError
 from megatron_moe.tools.checkpoint.model import buffers
-from megatron_moe.tools.checkpoint.model.atoms import MASTER, WEIGHT, AtomId, Record
+from megatron_moe.tools.checkpoint.model.atoms import MASTER, WEIGHT
 from megatron_moe.tools.checkpoint.model.boxes import boxes_of_range, row_major
 from megatron_moe.tools.checkpoint.model.buffers import Bucket, Parameter
 from megatron_moe.tools.checkpoint.model.layout import Coordinates, Layout
 from megatron_moe.tools.checkpoint.model.members import (
     bucket_size,
+    of_member,
     parameters_of,
     runs_stacked,
     stacked,
@@ -27,11 +28,9 @@ from megatron_moe.tools.checkpoint.read.torch_files import (
     read_pickle,
 )
 from megatron_moe.tools.checkpoint.stored import archive, pickles
-from megatron_moe.tools.checkpoint.stored.dtypes import FLOAT32
 from megatron_moe.tools.checkpoint.stored.pickles import StoredTensor
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_ROLES = {"param": MASTER, "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 
 
 def file_parameters(file: RankFile, opened: Opened) -> list[list[Parameter]]:
@@ -94,11 +93,7 @@ def _without_params(group: dict[str, Any]) -> dict[str, Any]:
 
 def _member_parameters(file: RankFile, opened: Opened, member: int) -> list[list[Parameter]]:
     """Parameters of one optimizer of a file, by chunk."""
-    separate = opened.layout.separate_experts
-    return [
-        [p for p in chunk if not separate or p.expert == bool(member)]
-        for chunk in file_parameters(file, opened)
-    ]
+    return of_member(file_parameters(file, opened), opened.layout, member)
 
 
 def _read_plain(file: RankFile, opened: Opened, records: Records) -> None:
@@ -205,7 +200,7 @@ def _read_distributed(
             dp = opened.layout.expert_dp if parameters[0].expert else opened.layout.dp
             numel = int(tensors["numel_unpadded"])
             found = _coalesced(parameters, numel, size, dp, where)
-            for state, role in _ROLES.items():
+            for state, role in buffers.STATES.items():
                 tensor = tensors.get(state)
                 if tensor is None:
                     raise CheckpointError(f"{where}: lacks {state}: only Adam's state is read")
@@ -215,7 +210,6 @@ def _read_distributed(
                         "elements: the file is damaged. Restore it from a copy"
                     )
                 record = records.of(path, zipped.members, tensor, f"{state} of chunk {v}")
-                opened.tensors.gaps.add(record)
                 begin = 0
                 for bucket in found:
                     for parameter, start in bucket.starts:
@@ -333,11 +327,7 @@ def _read_flat(
     member, group, buffer = place
     where = f"{opened.folder}: optimizer {member}, dp_group_idx {group}, buffer {buffer}"
     at = place_of_group(opened.layout, member, group)
-    separate = opened.layout.separate_experts
-    chunks = [
-        [p for p in chunk if not separate or p.expert == bool(member)]
-        for chunk in rank_parameters(opened, at)
-    ]
+    chunks = of_member(rank_parameters(opened, at), opened.layout, member)
     held = [chunk for chunk in chunks if chunk]
     if buffer >= len(held):
         raise CheckpointError(f"{where}: its arguments say {len(held)} buffers on that rank")
@@ -351,14 +341,14 @@ def _read_flat(
         )
     for state, by_bucket in states.items():
         for number, bucket in enumerate(found):
-            _add_flat(collector, _ROLES[state], bucket, by_bucket[number], where)
+            _add_flat(collector, buffers.STATES[state], bucket, by_bucket[number], where)
 
 
 def _bucket_lengths(states: dict[str, dict[int, Stored]], where: str) -> list[int]:
     """Return the buckets' lengths, on which the three states must agree."""
     by_state = {
         state: [stored.shape for _, stored in sorted(states.get(state, {}).items())]
-        for state in _ROLES
+        for state in buffers.STATES
     }
     if len({tuple(shapes) for shapes in by_state.values()}) > 1:
         raise CheckpointError(
@@ -379,8 +369,3 @@ def _add_flat(collector: Collector, role: str, bucket: Bucket, stored: Stored, w
                 offset = start + at - chunk.start[0]
                 for part in parameter.array.parts(box, size, offset, row_major(shape)):
                     collector.add(role, part, chunk.record)
-    for chunk in chunks:
-        collector.tensors.gaps.add(chunk.record)
-
-
-__all__ = ["FLOAT32", "AtomId", "Record", "read_dist", "read_legacy"]

@@ -7,11 +7,12 @@ import re
 from argparse import Namespace
 from collections import defaultdict
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from megatron_moe.tools.checkpoint.errors import CheckpointError
-from megatron_moe.tools.checkpoint.model.arrays import HALVES, Array
+from megatron_moe.tools.checkpoint.model.arrays import Array
 from megatron_moe.tools.checkpoint.model.atoms import MASTER, WEIGHT, Part, Record
 from megatron_moe.tools.checkpoint.model.boxes import (
     Shape,
@@ -238,10 +239,8 @@ def _stored(key: str, info: Any, places: dict, collector: Collector, location: L
                 f"{location.folder}: {METADATA} lists a chunk of {key} at {start} and places it in "
                 "no file: the save did not finish"
             )
-        numel = 1
-        for n in size:
-            numel *= n
-        record = Record(place.path, (place.offset, place.length), "0", dtype, numel, key, size)
+        archive_at = (place.offset, place.length)
+        record = Record(place.path, archive_at, "0", dtype, prod(size), key, size)
         chunks.append(Chunk(start, size, collector.record(record)))
     fault = fault_of_cover([(c.start, c.shape) for c in chunks], shape)
     if fault:
@@ -352,6 +351,3 @@ def group_flat(flat: list[Stored]) -> dict[tuple[int, int, int], dict[str, dict[
         place = (int(found["member"] or 0), int(found["group"]), int(found["buffer"]))
         sorted_[place][found["state"]][int(found["bucket"])] = stored
     return dict(sorted_)
-
-
-__all__ = ["HALVES", "Chunk", "Stored", "array_of", "dist_array", "group_flat", "read"]
