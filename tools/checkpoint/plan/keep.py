@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from math import prod
 from typing import Any
 
 from megatron_moe.tools.checkpoint.model.atoms import AtomId, Extent, Part
@@ -50,8 +49,12 @@ class Keeper:
         dtype: DType,
         rank: int,
         parts: list[tuple[str, Part]],
+        gaps: int = 0,
     ) -> None:
-        """Place one chunk: taken over, or new in the file of ``rank``."""
+        """Place one chunk: taken over, or new in the file of ``rank``.
+
+        ``gaps`` are the elements that no part may cover: alignment of flat buffers.
+        """
         target: Target = dist.target
         # torch restores a chunk in the shape it was pickled in, so the shape must be the same too.
         signature = (dtype.name, shape, _signature(parts))
@@ -66,7 +69,7 @@ class Keeper:
                 target.kept_atoms.setdefault(AtomId(part.name, role), []).append(extent)
                 target.shapes[AtomId(part.name, role)] = part.whole
             return
-        self._new[rank].append(((key, start), (dtype, shape, parts)))
+        self._new[rank].append(((key, start), (dtype, shape, parts, gaps)))
 
     def object(self, dist: Any, key: str, value: Any, rank: int) -> None:
         """Place a new object."""
@@ -144,14 +147,12 @@ def _new_archive(target: Target, key: str, content: Any) -> Object:
     out = target.files[file]
     begin = out.size
     new = NewArchive(target, file, "archive")
-    if isinstance(content, tuple) and len(content) == 3 and isinstance(content[0], DType):
-        dtype, shape, parts = content
+    if isinstance(content, tuple) and len(content) == 4 and isinstance(content[0], DType):
+        dtype, shape, parts, gaps = content
         stored, record = new.tensor(dtype, shape, key)
-        used = 0
         for role, part in parts:
             target.put(role, part, record)
-            used += prod(part.shape)
-        target.records[record].gaps = target.records[record].numel - used
+        target.records[record].gaps = gaps
         new.finish(stored)
     else:
         new.finish([content])

@@ -145,14 +145,17 @@ class DistTarget:
         for first in range(0, bucket.numel, step):
             last = min(first + step, bucket.numel)
             parts: list[tuple[str, Part]] = []
+            gaps = last - first
             for parameter, start in bucket.starts:
                 shape = parameter.array.shape
                 begin, end = max(first, start), min(last, start + parameter.numel)
+                gaps -= max(end - begin, 0)
                 for box, size, at in boxes_of_range(shape, begin - start, end - start):
                     offset = start + at - first
                     found = parameter.array.parts(box, size, offset, row_major(shape))
                     parts += [(role, part) for part in found]
-            self.keep.chunk(self, key, (first,), (last - first,), FLOAT32, rank, parts)
+            shard = (last - first,)
+            self.keep.chunk(self, key, (first,), shard, FLOAT32, rank, parts, gaps)
             chunks.append(((first,), (last - first,)))
         self._describe(key, FLOAT32, (bucket.numel,), chunks)
 
