@@ -12,6 +12,10 @@ LAYER_IMPLS = ("plugin", "megatron")
 EXPERT_GEMMS = ("auto", "grouped_mm", "loop")
 
 
+def _one_of(*choices: str) -> Any:
+    return field(default=choices[0], metadata={"choices": choices})
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoEConfig:
     """Options of the plugin.
@@ -20,10 +24,79 @@ class MoEConfig:
         layer_impl: Whose MoE layer is built: ``plugin`` (ours) or ``megatron`` (for comparison).
         expert_gemm: How grouped experts multiply without Transformer Engine: ``grouped_mm``
             (torch's grouped GEMM), ``loop`` (one GEMM an expert, any dtype), or ``auto``.
+        router_choice: How tokens get their experts: topk, switch, gshard, expert_choice, hash,
+            top_p, threshold, or your own as package.module:Class.
+        second_expert: With router_choice gshard, whether the second expert is ``always``
+            dispatched or at ``random``, with twice its weight as probability.
+        sinkhorn_iterations: Iterations of the sinkhorn choice.
+        expert_choice_scope: Whose tokens compete for an expert that chooses: ``micro_batch``,
+            each ``sequence`` for itself, or ``global`` (all data-parallel ranks).
+        allow_future_tokens: Allow a choice in which later tokens decide about earlier ones;
+            for models that are not causal.
+        k_min: Fewest experts of a token, for top_p and threshold.
+        k_max: Most experts of a token, for top_p and threshold; 0 means twice the top-k.
+        target_k: Mean number of experts that is held to; 0 means the top-k, a negative number
+            leaves router_cut as it is.
+        router_cut: Where top_p and threshold cut (a probability mass, or a score) at the start;
+            0 finds it in the first batch.
+        budget_loss_coeff: Coefficient of the loss that holds the mean number of experts.
+        balance_losses: Balancing losses besides Megatron's own, as NAME@SCOPE=COEFFICIENT: names
+            kl, switch or package.module:function; scopes micro_batch, sequence, global.
+        balance_layer_weights: A factor on the balancing coefficients of each decoder layer, then
+            of each multi-token-prediction layer.
+        expert_bias_update: Steps of the expert bias: ``sign``, or ``centred`` to sum to zero.
+        eval_capacity_factor: Capacity factor in evaluation; 0 takes that of training.
+        min_capacity: Rows that an expert takes whatever its capacity.
+        capacity_scope: Whose tokens share an expert's capacity: of a ``rank``, a ``micro_batch``
+            (tensor and context parallel ranks), ``global`` (data-parallel ranks too); ``auto`` is
+            micro_batch, or rank when experts are padded to capacity.
+        drop_order: Who is served first when an expert is full: what Megatron's drop ``policy``
+            says, anybody at ``random``, or ``prioritised``: tokens by their best weight.
+        logit_noise_std: Standard deviation of noise on the router's logits in training.
+        noise_anneal_iters: Iterations over which that noise and Megatron's input jitter fall to
+            zero; 0 keeps them.
+        gate_pretrain_iters: First iterations, in which only the router learns, from balancing
+            and distillation losses; 1000 is a good start, 0 is none.
+        gate_distill_coeff: Coefficient of the distillation loss in those iterations.
+        router_freeze_iter: Iteration from which on routers no longer learn; -1 is never.
+        hysteresis_margin: How much the experts last chosen in the same context are favoured.
+        context_length: Tokens that make a context for that.
+        probe_tokens: Size of the fixed probe on which churn is measured; 0 is no probe.
+        routing_record: Folder into which every decision is recorded.
+        routing_replay: Folder of a record whose decisions are taken instead of new ones.
+        routing_verify: Compare with the record instead of replaying it, and fail on a difference.
     """
 
-    layer_impl: str = field(default="plugin", metadata={"choices": LAYER_IMPLS})
-    expert_gemm: str = field(default="auto", metadata={"choices": EXPERT_GEMMS})
+    layer_impl: str = _one_of(*LAYER_IMPLS)
+    expert_gemm: str = _one_of(*EXPERT_GEMMS)
+    router_choice: str = "topk"
+    second_expert: str = _one_of("always", "random")
+    sinkhorn_iterations: int = 20
+    expert_choice_scope: str = _one_of("micro_batch", "sequence", "global")
+    allow_future_tokens: bool = False
+    k_min: int = 1
+    k_max: int = 0
+    target_k: float = 0.0
+    router_cut: float = 0.0
+    budget_loss_coeff: float = 0.01
+    balance_losses: tuple[str, ...] = ()
+    balance_layer_weights: tuple[float, ...] = ()
+    expert_bias_update: str = _one_of("sign", "centred")
+    eval_capacity_factor: float = 0.0
+    min_capacity: int = 0
+    capacity_scope: str = _one_of("auto", "rank", "micro_batch", "global")
+    drop_order: str = _one_of("policy", "random", "prioritised")
+    logit_noise_std: float = 0.0
+    noise_anneal_iters: int = 0
+    gate_pretrain_iters: int = 0
+    gate_distill_coeff: float = 1.0
+    router_freeze_iter: int = -1
+    hysteresis_margin: float = 0.0
+    context_length: int = 4
+    probe_tokens: int = 0
+    routing_record: str = ""
+    routing_replay: str = ""
+    routing_verify: bool = False
 
 
 class MoEConfigError(ValueError):
@@ -51,7 +124,6 @@ REFUSALS = (
     _Refusal("delay_wgrad_compute", _is_set, _USE_UPSTREAM),
     _Refusal("moe_shared_expert_overlap", _is_set, "drop --moe-shared-expert-overlap"),
     _Refusal("moe_latent_size", _is_set, _USE_UPSTREAM),
-    _Refusal("moe_enable_routing_replay", _is_set, _USE_UPSTREAM),
     _Refusal("moe_router_fusion", _is_set, "drop --moe-router-fusion"),
     _Refusal("moe_permute_fusion", _is_set, "drop --moe-permute-fusion"),
     _Refusal("moe_router_force_biased", _is_set, _USE_UPSTREAM),
@@ -81,54 +153,28 @@ REFUSALS = (
     ),
 )
 
-BALANCING_TYPES = ("aux_loss", "seq_aux_loss", "global_aux_loss", "none")
 
-
-def check(transformer: Any) -> None:
+def check(transformer: Any, moe: MoEConfig | None = None) -> None:
     """Find every fault that a user can cause in the MoE part of a model's configuration.
 
     Args:
         transformer: A ``TransformerConfig`` (or anything with its attributes).
+        moe: The plugin's options; the defaults when None.
 
     Raises:
         MoEConfigError: One line for each fault, naming option, value, rule and the way out.
     """
+    # Here, so that reading the options imports no torch.
+    from megatron_moe.route.options import routing_faults
+
     faults = [
         f"{r.option} = {value!r} is not honoured by the plugin's MoE layer: {r.way_out}"
         for r in REFUSALS
         if r.refused(value := getattr(transformer, r.option, None))
     ]
-    faults += _routing_faults(transformer) + _layout_faults(transformer)
+    faults += routing_faults(transformer, moe or MoEConfig()) + _layout_faults(transformer)
     if faults:
         raise MoEConfigError("\n".join(faults))
-
-
-def _routing_faults(c: Any) -> list[str]:
-    faults = []
-    num_experts, topk = c.num_moe_experts, c.moe_router_topk
-    if not 1 <= topk <= num_experts:
-        faults.append(
-            f"moe_router_topk ({topk}) must be between 1 and num_moe_experts ({num_experts})"
-        )
-    kinds = c.moe_router_load_balancing_type
-    kinds = [kinds] if isinstance(kinds, str) else list(kinds)
-    if unknown := [k for k in kinds if k not in BALANCING_TYPES]:
-        faults.append(
-            f"moe_router_load_balancing_type {unknown} is not honoured by the plugin's MoE layer; "
-            f"use some of {', '.join(BALANCING_TYPES)}, or --moe-layer-impl megatron"
-        )
-    groups, group_topk = c.moe_router_num_groups, c.moe_router_group_topk
-    if group_topk and (not groups or num_experts % groups or group_topk > groups):
-        faults.append(
-            f"moe_router_group_topk ({group_topk}) needs moe_router_num_groups ({groups}) that "
-            f"divides num_moe_experts ({num_experts}) and is not smaller"
-        )
-    elif group_topk and (topk % group_topk or topk // group_topk > num_experts // groups):
-        faults.append(
-            f"moe_router_topk ({topk}) must be a multiple of moe_router_group_topk ({group_topk}), "
-            f"with at most {num_experts // groups} experts taken from a group"
-        )
-    return faults
 
 
 def _layout_faults(c: Any) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from megatron.core import tensor_parallel
@@ -13,7 +15,10 @@ from torch import Tensor
 
 from megatron_moe import config as options
 from megatron_moe.dispatch.dispatcher import DISPATCHERS, Dispatcher
+from megatron_moe.mcore import finish
 from megatron_moe.parallel.groups import ExpertGroups
+from megatron_moe.route.decision import Routing
+from megatron_moe.route.options import warn_if_unbalanced
 
 
 class MoELayer(MegatronMoELayer):
@@ -32,8 +37,11 @@ class MoELayer(MegatronMoELayer):
         pg_collection: Any = None,
         is_mtp_layer: bool = False,
         name: str | None = None,
+        moe: options.MoEConfig | None = None,
     ) -> None:
-        options.check(config)
+        moe = moe or options.MoEConfig()
+        options.check(config, moe)
+        warn_if_unbalanced(config, moe)
         pg_collection = pg_collection or get_default_pg_collection()
         groups = ExpertGroups.from_collection(pg_collection)
         groups.check(config.num_moe_experts)
@@ -43,6 +51,7 @@ class MoELayer(MegatronMoELayer):
         self.token_dispatcher: Dispatcher = DISPATCHERS[config.moe_token_dispatcher_type](
             config.num_moe_experts, groups
         )
+        finish.install(config)
 
     def forward(
         self,
@@ -64,17 +73,23 @@ class MoELayer(MegatronMoELayer):
         """
         assert intermediate_tensors is None, "CUDA graphs of MoE parts are refused at build"
         mask_SB = None if padding_mask is None else padding_mask.transpose(0, 1).bool()
-        if self.moe_layer_recompute and self.training:
-            return tensor_parallel.checkpoint(self._forward, False, hidden_states, mask_SB)
-        return self._forward(hidden_states, mask_SB)
-
-    def _forward(self, hidden_states: Tensor, mask_SB: Tensor | None) -> tuple[Tensor, None]:
-        shared = self.shared_experts_compute(hidden_states)
         routing = self.router(hidden_states, mask_SB)
+        if self.moe_layer_recompute and self.training:
+            # The decision stands outside: what is computed again cannot decide anew.
+            compute = partial(self._compute, routing)
+            output = tensor_parallel.checkpoint(compute, False, hidden_states, routing.probs_TK)
+        else:
+            output = self._compute(routing, hidden_states, routing.probs_TK)
+        return output, None
+
+    def _compute(self, routing: Routing, hidden_states: Tensor, probs_TK: Tensor) -> Tensor:
+        """Everything after the decision; the weights come apart from it to carry a gradient."""
+        routing = replace(routing, probs_TK=probs_TK)
+        shared = self.shared_experts_compute(hidden_states)
         rows, probs, plan = self.token_dispatcher.dispatch(hidden_states.flatten(0, 1), routing)
         results, _ = self.experts(rows, plan.tokens_per_expert, probs)
         output = self.token_dispatcher.combine(results, plan).view_as(hidden_states)
-        return (output if shared is None else output + shared), None
+        return output if shared is None else output + shared
 
     def route(
         self, hidden_states: Tensor, padding_mask: Tensor | None = None

@@ -1,6 +1,6 @@
 """Stage 2: tokens to their experts.
 
-Receives hidden states and a :class:`~megatron_moe.route.scores.Routing`, gives the rows that this
+Receives hidden states and a :class:`~megatron_moe.route.decision.Routing`, gives the rows that this
 rank's experts compute on, grouped by local expert, and one frozen :class:`~.plan.DispatchPlan`,
 made once and used four times: dispatch, combine and both backwards.
 

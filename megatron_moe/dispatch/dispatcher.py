@@ -13,7 +13,7 @@ from megatron_moe.dispatch.permute import permute, permute_probs, unpermute
 from megatron_moe.dispatch.plan import DispatchPlan, plan_dispatch, plan_gathered
 from megatron_moe.parallel import collectives
 from megatron_moe.parallel.groups import ExpertGroups
-from megatron_moe.route.scores import Routing
+from megatron_moe.route.decision import Routing
 
 
 class AllToAllDispatcher:

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_moe.parallel.collectives import gather_counts
 from megatron_moe.parallel.groups import ExpertGroups
 from megatron_moe.route.capacity import place_in_expert
-from megatron_moe.route.scores import Routing
+from megatron_moe.route.decision import Routing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

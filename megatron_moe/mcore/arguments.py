@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
-from dataclasses import fields
-from typing import Any
+from dataclasses import Field, fields
+from typing import Any, get_args, get_type_hints
 
 from megatron_moe.config import MoEConfig
 
@@ -22,14 +22,19 @@ def add_moe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         return parser
     group = parser.add_argument_group(_GROUP)
     for f in fields(MoEConfig):
-        group.add_argument(
-            flag(f.name),
-            default=f.default,
-            type=type(f.default),
-            choices=f.metadata.get("choices"),
-            help=_help(f.name),
-        )
+        group.add_argument(flag(f.name), help=_help(f.name), **_form(f))
     return parser
+
+
+def _form(f: Field[Any]) -> dict[str, Any]:
+    """How argparse reads a field: a switch, a list or one value."""
+    if isinstance(f.default, bool):
+        return {"action": "store_true", "default": f.default}
+    form = {"default": f.default, "choices": f.metadata.get("choices")}
+    if isinstance(f.default, tuple):
+        (of, _) = get_args(get_type_hints(MoEConfig)[f.name])
+        return form | {"nargs": "*", "type": of}
+    return form | {"type": type(f.default)}
 
 
 def flag(field_name: str) -> str:
@@ -40,11 +45,15 @@ def flag(field_name: str) -> str:
 def moe_config_from_args(args: Any) -> MoEConfig:
     """Read the plugin's options from Megatron's namespace; absent ones take their defaults."""
     found = {
-        f.name: getattr(args, f"moe_{f.name}")
+        f.name: _frozen(getattr(args, f"moe_{f.name}"))
         for f in fields(MoEConfig)
         if hasattr(args, f"moe_{f.name}")
     }
     return MoEConfig(**found)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _help(field_name: str) -> str:

@@ -30,7 +30,7 @@ class MoEGPTModelBuilder(GPTModelBuilder):
     """
 
     def __init__(self, model_config: MoEGPTModelConfig) -> None:
-        check(model_config.transformer)
+        check(model_config.transformer, model_config.moe)
         super().__init__(model_config)
         if model_config.transformer_layer_spec is None:
             model_config.transformer_layer_spec = partial(gpt_block_spec, moe=model_config.moe)

@@ -64,14 +64,16 @@ def with_moe_layer(layer_spec: ModuleSpec, moe: MoEConfig | None = None) -> Modu
     mlp = getattr(layer_spec.submodules, "mlp", None)
     if not (isinstance(mlp, partial) and mlp.func is MegatronMoELayer):
         return layer_spec
+    moe = moe or MoEConfig()
     stock: MoESubmodules = mlp.keywords["submodules"]
     experts = stock.experts
     if isinstance(experts, partial) and experts.func is SequentialMLP:
         # Megatron's plain experts; Transformer Engine's grouped ones stay as they are.
-        experts = partial(build_experts, moe=moe or MoEConfig(), **experts.keywords)
+        experts = partial(build_experts, moe=moe, **experts.keywords)
     out = copy(layer_spec)
-    ours = replace(stock, router=TopKRouter, experts=experts)
-    out.submodules = replace(layer_spec.submodules, mlp=partial(MoELayer, submodules=ours))
+    ours = replace(stock, router=partial(TopKRouter, moe=moe), experts=experts)
+    mlp = partial(MoELayer, submodules=ours, moe=moe)
+    out.submodules = replace(layer_spec.submodules, mlp=mlp)
     return out
 
 

@@ -10,37 +10,58 @@ from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_moe.config import MoEConfig
 from megatron_moe.parallel.groups import ExpertGroups
-from megatron_moe.route.capacity import capacity_of, within_capacity
-from megatron_moe.route.losses import BalanceLosses
-from megatron_moe.route.scores import Routing, choose, count_choices
+from megatron_moe.route.bias import ExpertBias
+from megatron_moe.route.capacity import Capacity
+from megatron_moe.route.choice import choice_named, name_of_choice
+from megatron_moe.route.decision import Picked, Routing
+from megatron_moe.route.losses import RouterLosses
+from megatron_moe.route.memory import Decision, DecisionMemory
+from megatron_moe.route.part import RouterPart
+from megatron_moe.route.schedule import Schedule
+from megatron_moe.route.tokens import Tokens
+from megatron_moe.telemetry.tally import Tally
 
+# State under these keys must be in a checkpoint; any other of a router's is ours alone.
+MEGATRON_BUFFERS = ("expert_bias", "qb_beta", "local_tokens_per_expert")
 _ROUTER_DTYPES = {None: torch.float32, "fp32": torch.float32, "fp64": torch.float64}
 
 
 class TopKRouter(Router):
-    """Route each token to K experts.
+    """Give each token its experts, by the choice that the options name.
 
     Parameter and buffer names are Megatron's (``weight``, ``bias``, ``expert_bias``). The gate is
     computed in fp32 unless ``moe_router_dtype`` says fp64: half-precision logits flip near-ties.
+    Everything with state is a :class:`RouterPart`; its buffers are the router's.
     """
 
+    # Megatron's own update of the bias is switched off: it needs the same E in every layer.
+    frozen_expert_bias = True
+
     def __init__(
-        self, config: TransformerConfig, pg_collection: Any = None, is_mtp_layer: bool = False
+        self,
+        config: TransformerConfig,
+        pg_collection: Any = None,
+        is_mtp_layer: bool = False,
+        moe: MoEConfig | None = None,
     ) -> None:
         super().__init__(config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        moe = moe or MoEConfig()
         self.topk = config.moe_router_topk
-        self.frozen_expert_bias = False
-        self.expert_bias: Tensor | None
-        self.local_tokens_per_expert: Tensor | None
-        biased = config.moe_router_enable_expert_bias
-        zeros_E = torch.zeros(self.num_experts, device=self.weight.device)
-        self.register_buffer("expert_bias", zeros_E if biased else None)
-        # int64: half-precision (or large fp32) counts would round and flip the bias update.
-        counts_E = zeros_E.long() if biased else None
-        self.register_buffer("local_tokens_per_expert", counts_E, persistent=False)
-        self.losses = BalanceLosses(config, ExpertGroups.from_collection(pg_collection))
-        self.load = torch.zeros(self.num_experts, dtype=torch.int64)
+        self.groups = ExpertGroups.from_collection(pg_collection)
+        self.choice = choice_named(name_of_choice(config, moe))(config, moe, self.groups)
+        self.schedule = Schedule(config, moe)
+        self.parts: list[RouterPart] = [self.choice, self.schedule]
+        self.balancing_bias: ExpertBias | None = None
+        if config.moe_router_enable_expert_bias:
+            self.balancing_bias = ExpertBias(config, moe)
+            self.parts.append(self.balancing_bias)
+        self._register_buffers()
+        self.losses = RouterLosses(config, moe, self.groups)
+        self.capacity = Capacity.from_options(config, moe)
+        self.memory = DecisionMemory()
+        self.tally = Tally(self.num_experts)
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> Routing:
         """Decide.
@@ -53,19 +74,23 @@ class TopKRouter(Router):
         Returns:
             The decision for the S · B tokens in sequence-major order.
         """
-        logits_SBE = self.gating(self._jitter(input))
-        if self.config.moe_router_force_load_balancing:
-            logits_SBE = apply_random_logits(logits_SBE)
-        logits_TE = logits_SBE.flatten(0, 1)
+        logits_SBE = self._logits(input)
+        # Not in the gradient-free first pass of recompute, or all would be counted twice.
+        counted = self.training and torch.is_grad_enabled()
+        first_pass = self.training and not counted and self.config.recompute_granularity == "full"
         valid_T = None if padding_mask is None else ~padding_mask.flatten()
-        probs_TK, indices_TK = self._choose(logits_TE)
-        if self.training and torch.is_grad_enabled():
-            # Not in the gradient-free first pass of recompute, or all would be counted twice.
-            probs_TK = self.losses.attach(
-                probs_TK, logits_TE, indices_TK, valid_T, input.shape[1], self._layer_place()
-            )
-            self._count(indices_TK, valid_T)
-        return self._limit(probs_TK, indices_TK, valid_T)
+        tokens = self._tokens(logits_SBE, valid_T, training=counted or first_pass)
+        decision = self.memory.take(tokens.logits_TE) if counted else None
+        picked = decision.picked if decision else self._pick(tokens)
+        probs_TK = self.choice.weigh(tokens.logits_TE, picked)
+        decision = decision or self._limit(probs_TK, picked)
+        if first_pass:
+            self.memory.keep(tokens.logits_TE, decision)
+        if counted:
+            probs_TK = self._learn(tokens, decision, probs_TK)
+        return Routing(
+            picked.indices_TK, probs_TK, self.num_experts, decision.kept_TK, decision.capacity
+        )
 
     def gating(self, input: Tensor) -> Tensor:
         """Logits ``(S, B, E)`` in the router's dtype."""
@@ -76,54 +101,78 @@ class TopKRouter(Router):
         return router_gating_linear(input, self.weight, self.bias, dtype)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> Routing:
-        """Decide from logits alone: no losses, no counts."""
+        """Decide from logits ``(S, B, E)`` or ``(T, E)`` alone: no losses, no counts."""
         valid_T = None if padding_mask is None else ~padding_mask.flatten()
-        return self._limit(*self._choose(logits.reshape(-1, self.num_experts)), valid_T)
+        logits_SBE = logits if logits.dim() == 3 else logits.unsqueeze(1)
+        tokens = self._tokens(logits_SBE, valid_T, training=False)
+        picked = self._pick(tokens)
+        probs_TK = self.choice.weigh(tokens.logits_TE, picked)
+        limit = self._limit(probs_TK, picked)
+        return Routing(picked.indices_TK, probs_TK, self.num_experts, limit.kept_TK, limit.capacity)
 
     def reset_global_aux_loss_tracker(self) -> None:
         """Forget the counts of the global batch; Megatron calls this after each one."""
-        self.losses.reset_global_counts()
+        self.losses.reset_global()
 
-    def _choose(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
-        c = self.config
-        return choose(
-            logits_TE,
-            self.topk,
-            score_function=c.moe_router_score_function,
-            pre_softmax=c.moe_router_pre_softmax,
-            num_groups=c.moe_router_num_groups,
-            group_topk=c.moe_router_group_topk,
-            scaling_factor=c.moe_router_topk_scaling_factor,
-            expert_bias_E=self.expert_bias,
+    def end_batch(self) -> None:
+        """What is left to do after a global batch when the parts have updated their state."""
+        self.losses.reset_global()
+        self.memory.clear()
+
+    @property
+    def churn(self) -> float | None:
+        """Share of the probe's choices that changed in the last global batch; None without one."""
+        return None
+
+    def _logits(self, input: Tensor) -> Tensor:
+        noisy = self.training
+        logits_SBE = self.gating(self.schedule.jittered(input) if noisy else input)
+        if self.config.moe_router_force_load_balancing:
+            logits_SBE = apply_random_logits(logits_SBE)
+        return self.schedule.noisy(logits_SBE) if noisy else logits_SBE
+
+    def _tokens(self, logits_SBE: Tensor, valid_T: Tensor | None, *, training: bool) -> Tokens:
+        return Tokens(
+            logits_TE=logits_SBE.flatten(0, 1),
+            valid_T=valid_T,
+            num_sequences=logits_SBE.shape[1],
+            training=training,
         )
 
-    def _limit(self, probs_TK: Tensor, indices_TK: Tensor, valid_T: Tensor | None) -> Routing:
-        c = self.config
-        num_tokens = indices_TK.shape[0]
-        kept_TK = None if valid_T is None else valid_T.unsqueeze(1).expand_as(indices_TK)
-        capacity = None
-        if c.moe_expert_capacity_factor is not None:
-            capacity = capacity_of(
-                num_tokens, self.topk, self.num_experts, c.moe_expert_capacity_factor
-            )
-            kept_TK = within_capacity(
-                probs_TK, indices_TK, self.num_experts, capacity, c.moe_token_drop_policy, kept_TK
-            )
-        padded = capacity if c.moe_pad_expert_input_to_capacity else None
-        return Routing(indices_TK, probs_TK, self.num_experts, kept_TK, padded)
+    @torch.no_grad()
+    def _pick(self, tokens: Tokens) -> Picked:
+        biases = [b for part in self.parts if (b := part.ranking_bias(tokens)) is not None]
+        if biases:
+            tokens = tokens.ranked_with(sum(biases[1:], start=biases[0]))
+        return self.choice.pick(tokens).without_padding(tokens.valid_T)
 
-    def _count(self, indices_TK: Tensor, valid_T: Tensor | None) -> None:
-        valid_TK = None if valid_T is None else valid_T.unsqueeze(1).expand_as(indices_TK)
-        counts_E = count_choices(indices_TK, self.num_experts, valid_TK)
-        self.load = self.load.to(counts_E.device) + counts_E
-        if self.local_tokens_per_expert is not None:
-            self.local_tokens_per_expert += counts_E
+    @torch.no_grad()
+    def _limit(self, probs_TK: Tensor, picked: Picked) -> Decision:
+        kept_TK, rows = self.capacity.limit(
+            probs_TK, picked, self.num_experts, self.topk, self.groups, self.training
+        )
+        return Decision(picked, kept_TK, rows)
 
-    def _jitter(self, input: Tensor) -> Tensor:
-        eps = self.config.moe_input_jitter_eps
-        if eps is None:
-            return input
-        return input * torch.empty_like(input).uniform_(1.0 - eps, 1.0 + eps)
+    def _learn(self, tokens: Tokens, decision: Decision, probs_TK: Tensor) -> Tensor:
+        """Attach the losses and count, once for each micro-batch of training."""
+        if self.schedule.gate_only:
+            probs_TK = probs_TK.detach()  # the router learns from its own losses alone
+        picked = decision.picked
+        own = [loss for part in self.parts for loss in part.losses(tokens, picked)]
+        probs_TK = self.losses.attach(
+            probs_TK,
+            tokens.logits_TE,
+            picked,
+            tokens.valid_T,
+            tokens.num_sequences,
+            self._layer_place(),
+            own,
+        )
+        with torch.no_grad():
+            for part in self.parts:
+                part.observe(tokens, picked)
+            self.tally.add(tokens, picked, decision.kept_TK)
+        return probs_TK
 
     def _layer_place(self) -> int | None:
         """1-based place of this layer in Megatron's metric vectors: decoder layers, then MTP."""
@@ -131,13 +180,38 @@ class TopKRouter(Router):
             return self.layer_number
         return self.layer_number + self.config.num_layers
 
+    def _register_buffers(self) -> None:
+        """Make the parts' state buffers of this module, so that it moves and is saved with it."""
+        device = self.weight.device
+        for part in self.parts:
+            for name, value in part.buffers().items():
+                self.register_buffer(name, value.to(device))
+            part.state = self._buffers
+        counts_E = None
+        if self.balancing_bias is not None:
+            # int64: half-precision (or large fp32) counts would round and flip the bias update.
+            counts_E = torch.zeros(self.num_experts, dtype=torch.int64, device=device)
+        else:
+            self.register_buffer("expert_bias", None)
+        self.register_buffer("local_tokens_per_expert", counts_E, persistent=False)
+
     def _apply(self, fn: Any, recurse: bool = True) -> TopKRouter:
-        """Move the bias with the module, but never round it to a half-precision model's dtype."""
-        exact_E = self.expert_bias
+        """Move the buffers with the module, but never round them to a half-precision dtype."""
+        exact = dict(self._buffers)
         super()._apply(fn, recurse)
-        if exact_E is not None and self.expert_bias is not None:
-            self.expert_bias = exact_E.to(self.expert_bias.device)
+        for name, moved in self._buffers.items():
+            before = exact[name]
+            if moved is not None and before is not None:
+                self._buffers[name] = before.to(moved.device)
         return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Load; state that is ours alone and that the checkpoint has not stays as it is."""
+        for name, buffer in self._buffers.items():
+            if buffer is not None and name not in MEGATRON_BUFFERS:
+                state_dict.setdefault(prefix + name, buffer)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.schedule.loaded()
 
     def _maintain_float32_expert_bias(self) -> None:
         """Megatron asks for this after casting a model; ``_apply`` has kept the bias exact."""

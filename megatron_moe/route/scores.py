@@ -1,60 +1,20 @@
-"""Logits → scores → the routing decision.
+"""Logits → scores: what a choice ranks by, what its weights are, what the balancing losses push on.
 
-Shapes: T tokens of this rank, E experts, K choices a token, G groups of experts.
+Shapes: T tokens of this rank, E experts, K places for choices, G groups of experts.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_moe.route.topk import best_experts
-
-# Keeps a normalisation of all-zero sigmoid scores finite; Megatron's value, for equal results.
-_EPSILON = 1e-20
+from megatron_moe.route.decision import Picked
 
 
-@dataclass(frozen=True, slots=True)
-class Routing:
-    """The routing decision of one layer for one micro-batch, made once.
-
-    Args:
-        indices_TK: Expert of each choice, ``(T, K)`` int64; the K of a token are distinct.
-        probs_TK: Weight of each choice, ``(T, K)``, differentiable.
-        num_experts: E.
-        kept_TK: False where a choice is not carried out (over capacity, or the token is
-            padding), ``(T, K)`` bool; None when every choice is.
-        capacity: With padding to capacity, the rows that every expert takes from this rank.
-    """
-
-    indices_TK: Tensor
-    probs_TK: Tensor
-    num_experts: int
-    kept_TK: Tensor | None = None
-    capacity: int | None = None
-
-    def tokens_per_expert(self) -> Tensor:
-        """How many choices are carried out at each expert, ``(E,)`` int64."""
-        return count_choices(self.indices_TK, self.num_experts, self.kept_TK)
-
-    def dense(self) -> tuple[Tensor, Tensor]:
-        """Megatron's form: ``probs`` ``(T, E)`` and ``routing_map`` ``(T, E)`` bool."""
-        kept_TK = torch.ones_like(self.indices_TK, dtype=torch.bool)
-        kept_TK = kept_TK if self.kept_TK is None else self.kept_TK
-        shape = (self.indices_TK.shape[0], self.num_experts)
-        routing_map_TE = torch.zeros(shape, dtype=torch.bool, device=kept_TK.device)
-        routing_map_TE = routing_map_TE.scatter(1, self.indices_TK, kept_TK)
-        probs_TE = self.probs_TK.new_zeros(shape)
-        return probs_TE.scatter(1, self.indices_TK, self.probs_TK * kept_TK), routing_map_TE
-
-
-def count_choices(indices_TK: Tensor, num_experts: int, valid_TK: Tensor | None = None) -> Tensor:
-    """Count choices per expert, ``(E,)`` int64; those where ``valid_TK`` is False are left out."""
-    chosen = indices_TK.flatten() if valid_TK is None else indices_TK[valid_TK]
-    return torch.bincount(chosen, minlength=num_experts)
+def at_least_fp32(x: Tensor) -> Tensor:
+    """Half precision becomes fp32; fp64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def score(logits_TE: Tensor, score_function: str) -> Tensor:
@@ -63,7 +23,7 @@ def score(logits_TE: Tensor, score_function: str) -> Tensor:
     Raises:
         ValueError: Unknown ``score_function``.
     """
-    logits_TE = _at_least_fp32(logits_TE)
+    logits_TE = at_least_fp32(logits_TE)
     if score_function == "softmax":
         return torch.softmax(logits_TE, dim=-1)
     if score_function == "sigmoid":
@@ -75,77 +35,74 @@ def score(logits_TE: Tensor, score_function: str) -> Tensor:
     )
 
 
+def log_score(logits_TE: Tensor, score_function: str) -> Tensor:
+    """Logarithm of the score up to a constant of the token, finite where the score underflows.
+
+    Normalising by a softmax of this replaces ``score / (sum + 1e-20)``, which is no distribution
+    any more once a token's scores all fall below the constant.
+    """
+    logits_TE = at_least_fp32(logits_TE)
+    if score_function == "softmax":
+        return logits_TE
+    if score_function == "sigmoid":
+        return F.logsigmoid(logits_TE)
+    # log softplus(x) → x as x → -∞; the clamp keeps the branch not taken finite in backward.
+    usual = F.softplus(logits_TE.clamp(min=-30.0)).log()
+    return 0.5 * torch.where(logits_TE < -30.0, logits_TE, usual)
+
+
 def balance_scores(logits_TE: Tensor, score_function: str) -> Tensor:
     """Scores over all experts that sum to 1 for each token: what the balancing losses push on."""
-    scores_TE = score(logits_TE, score_function)
-    if score_function == "softmax":
-        return scores_TE
-    return scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + _EPSILON)
+    return torch.softmax(log_score(logits_TE, score_function), dim=-1)
 
 
-def choose(
+def ranked_by(
+    logits_TE: Tensor, score_function: str, pre_softmax: bool, bias_TE: Tensor | None = None
+) -> Tensor:
+    """What the choice ranks experts by, ``(T, E)``, without gradient.
+
+    Scores grow with logits, so without a bias the logits themselves are ranked, which no
+    underflow can tie. A bias is added to the scores (to the logits, where softmax comes after the
+    choice).
+    """
+    logits_TE = at_least_fp32(logits_TE.detach())
+    if bias_TE is None:
+        return logits_TE
+    late_softmax = score_function == "softmax" and not pre_softmax
+    return (logits_TE if late_softmax else score(logits_TE, score_function)) + bias_TE
+
+
+def weigh_chosen(
     logits_TE: Tensor,
-    topk: int,
+    picked: Picked,
     *,
     score_function: str = "softmax",
     pre_softmax: bool = False,
-    num_groups: int | None = None,
-    group_topk: int | None = None,
     scaling_factor: float | None = None,
-    expert_bias_E: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Choose K experts for each token and weigh them.
+) -> Tensor:
+    """Weight of each choice, ``(T, K)`` in the dtype of the logits, differentiable.
+
+    Softmax before the choice gives each chosen expert its score; otherwise the scores of the
+    chosen sum to 1 for each token. One sigmoid-like choice keeps its score: normalised it would
+    be 1 whatever the router says, and the router would get no gradient.
 
     Args:
-        logits_TE: Router logits, ``(T, E)``.
-        topk: K.
+        logits_TE: Router logits.
+        picked: The choices; places without one get a weight that means nothing.
         score_function: ``softmax``, ``sigmoid`` or ``sqrtsoftplus``.
-        pre_softmax: Softmax over all experts before the choice, not over the chosen after it.
-        num_groups: G, for group-limited choice.
-        group_topk: Groups a token may use; None for no limit.
+        pre_softmax: Softmax over all experts, not over the chosen ones.
         scaling_factor: Multiplies the weights.
-        expert_bias_E: Added to sigmoid-like scores for the choice only, never to the weights.
-
-    Returns:
-        probs_TK: Weights in the dtype of ``logits_TE``.
-        indices_TK: The chosen experts, best first.
-
-    Raises:
-        ValueError: Unknown ``score_function``.
-
-    Source: Switch arXiv:2101.03961, DeepSeek-V2 arXiv:2405.04434 (groups), loss-free balancing
-    arXiv:2408.15664 (bias).
     """
-    late_softmax = score_function == "softmax" and not pre_softmax
-    scores_TE = _at_least_fp32(logits_TE) if late_softmax else score(logits_TE, score_function)
-    ranked_TE = scores_TE.detach()
-    if expert_bias_E is not None:
-        ranked_TE = ranked_TE + expert_bias_E
-    if group_topk:
-        assert num_groups is not None
-        ranked_TE = _keep_best_groups(ranked_TE, topk, num_groups, group_topk)
-    indices_TK = best_experts(ranked_TE, topk)
-    probs_TK = scores_TE.gather(1, indices_TK)
-    if late_softmax:
-        probs_TK = torch.softmax(probs_TK, dim=-1)
-    elif score_function != "softmax" and topk > 1:
-        probs_TK = probs_TK / (probs_TK.sum(dim=-1, keepdim=True) + _EPSILON)
+    alone = score_function != "softmax" and picked.indices_TK.shape[1] == 1
+    if alone or (score_function == "softmax" and pre_softmax):
+        probs_TK = score(logits_TE, score_function).gather(1, picked.indices_TK)
+    else:
+        # As the logits are gathered first, the logarithm is taken of K values instead of E.
+        chosen_TK = log_score(logits_TE.gather(1, picked.indices_TK), score_function)
+        if picked.chosen_TK is not None:
+            lowest = torch.finfo(chosen_TK.dtype).min
+            chosen_TK = chosen_TK.masked_fill(~picked.chosen_TK, lowest)
+        probs_TK = torch.softmax(chosen_TK, dim=-1)
     if scaling_factor:
         probs_TK = probs_TK * scaling_factor
-    return probs_TK.type_as(logits_TE), indices_TK
-
-
-def _keep_best_groups(ranked_TE: Tensor, topk: int, num_groups: int, group_topk: int) -> Tensor:
-    """Rule out the experts of all but the best ``group_topk`` groups of each token.
-
-    A group is as good as the sum of its best ``topk / group_topk`` experts.
-    """
-    grouped = ranked_TE.unflatten(1, (num_groups, -1))
-    group_scores_TG = grouped.topk(topk // group_topk, dim=-1).values.sum(-1)
-    best = group_scores_TG.topk(group_topk, dim=-1, sorted=False).indices
-    ruled_out_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter(1, best, False)
-    return grouped.masked_fill(ruled_out_TG.unsqueeze(-1), float("-inf")).flatten(1)
-
-
-def _at_least_fp32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return probs_TK.type_as(logits_TE)

@@ -54,7 +54,7 @@ def _gpt_config_from_args(
 
     ours = original(args, config, MoEGPTModelConfig)
     ours.moe = moe_config_from_args(args)
-    check(ours.transformer)  # here, before any process group exists
+    check(ours.transformer, ours.moe)  # here, before any process group exists
     return ours
 
 
@@ -67,8 +67,9 @@ def _hybrid_config_from_args(
         from megatron_moe.mcore.arguments import moe_config_from_args
         from megatron_moe.mcore.specs import hybrid_block_spec
 
-        check(hybrid.transformer)
-        hybrid.hybrid_stack_spec = hybrid_block_spec(moe_config_from_args(args))
+        moe = moe_config_from_args(args)
+        check(hybrid.transformer, moe)
+        hybrid.hybrid_stack_spec = hybrid_block_spec(moe)
     return hybrid
 
 

@@ -8,7 +8,9 @@ from helpers.tolerances import assert_same
 from megatron_moe.dispatch.dispatcher import DISPATCHERS
 from megatron_moe.parallel import collectives
 from megatron_moe.parallel.groups import ExpertGroups
-from megatron_moe.route.scores import Routing, choose
+from megatron_moe.route.choices.topk import pick_topk
+from megatron_moe.route.decision import Routing
+from megatron_moe.route.scores import weigh_chosen
 
 LAYOUTS = [(2, 1), (1, 2), (2, 2), (4, 1), (1, 4)]  # (EP, ETP)
 TOKENS = [[4, 4, 4, 4], [5, 0, 3, 1], [0, 0, 0, 6]]
@@ -43,7 +45,8 @@ def route(num_tokens, seed, empty_expert=False, drops=False):
     logits = random(num_tokens, NUM_EXPERTS, seed=seed)
     if empty_expert:
         logits[:, 2] = -1e9
-    probs, indices = choose(logits, TOPK)
+    picked = pick_topk(logits, TOPK)
+    probs, indices = weigh_chosen(logits, picked), picked.indices_TK
     kept = random(num_tokens, TOPK, seed=seed + 1) > 0 if drops else None
     return Routing(indices, probs, NUM_EXPERTS, kept)
 

@@ -59,7 +59,8 @@ class Training:
         self.ddp = [_wrap(self.config, chunk, i, means) for i, chunk in enumerate(self.chunks)]
         self.optimizer = _optimizer(self.ddp, means)
         self.config.grad_scale_func = self.optimizer.scale_loss
-        self.config.finalize_model_grads_func = finalize_model_grads
+        if self.config.finalize_model_grads_func is None:  # as Megatron does
+            self.config.finalize_model_grads_func = finalize_model_grads
         if means.overlap:
             syncs = [chunk.no_sync for chunk in self.ddp]
             self.config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megatron_moe.dispatch.dispatcher import DISPATCHERS
 from megatron_moe.dispatch.permute import permute, unpermute
 from megatron_moe.dispatch.plan import copy_order, plan_dispatch
-from megatron_moe.route.scores import Routing
+from megatron_moe.route.decision import Routing
 
 KINDS = st.sampled_from(sorted(DISPATCHERS))
 

@@ -4,7 +4,7 @@ from helpers.strategies import routings
 from hypothesis import given
 
 from megatron_moe.dispatch.plan import copy_order, plan_dispatch, plan_gathered
-from megatron_moe.route.scores import Routing
+from megatron_moe.route.decision import Routing
 
 
 def _routing(case, capacity=None):

@@ -46,5 +46,5 @@ def test_places_count_up_in_each_expert():
 
 
 def test_unknown_policy():
-    with pytest.raises(ValueError, match=r"moe_token_drop_policy \(fair\) must be probs or pos"):
+    with pytest.raises(ValueError, match=r"drop policy \(fair\) must be one of probs, position"):
         within_capacity(torch.ones(1, 1), torch.zeros(1, 1).long(), 1, 1, "fair")

@@ -1,0 +1,55 @@
+"""The end of a global batch: routers update what balances them, then Megatron finalises gradients.
+
+Megatron's schedules call ``config.finalize_model_grads_func(model, num_tokens, …)`` when the last
+micro-batch is through. A MoE layer puts :func:`finish_batch` there when it is built; a training
+loop of one's own calls the same function. Megatron's own update of the expert bias stacks the
+counts of all layers, which fails as soon as two layers have another number of experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from megatron_moe.route.part import end_global_batch
+from megatron_moe.telemetry.counters import routers_of
+
+
+def install(config: Any) -> None:
+    """Put :func:`finish_batch` before whatever finalises the gradients; once for each config."""
+    present = config.finalize_model_grads_func
+    if not (isinstance(present, partial) and present.func is finish_batch):
+        config.finalize_model_grads_func = partial(finish_batch, present)
+
+
+def finish_batch(finalize: Callable[..., Any] | None, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Update the routers' state from the whole global batch, then finalise.
+
+    Args:
+        finalize: What finalises the gradients; None for Megatron's own.
+        model: Megatron's list of model chunks.
+        args: For ``finalize``.
+        kwargs: For ``finalize``.
+
+    Cost: one all-reduce for all routers of the stage with state, over the data-parallel ranks.
+    """
+    end_batch([router for router in routers_of(model) if router.training])
+    if finalize is None:
+        from megatron.core.distributed import finalize_model_grads
+
+        finalize = finalize_model_grads
+    return finalize(model, *args, **kwargs)
+
+
+@torch.no_grad()
+def end_batch(routers: list[Any]) -> None:
+    """Let all routers end a global batch together; every rank of the stage calls it."""
+    if not routers:
+        return
+    parts = [part for router in routers for part in router.parts]
+    end_global_batch(parts, routers[0].groups.tp_dp_cp)
+    for router in routers:
+        router.end_batch()
