@@ -10,6 +10,7 @@ from hypothesis import settings
 # Test files say `from helpers.pool import ...`; pytest's importlib mode adds no path by itself.
 sys.path.insert(0, str(Path(__file__).parent))
 
+from helpers.faults_table import FaultTable
 from helpers.pool import Pool
 
 # Wall time says nothing on a busy machine; per-test limits are pytest-timeout's.
@@ -17,6 +18,7 @@ settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
 
 _POOL = pytest.StashKey[Pool]()
+_FAULTS = pytest.StashKey[FaultTable]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,6 +26,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--no-megatron",
         action="store_true",
         help="do not import Megatron in the workers; tests that need it there are skipped",
+    )
+    parser.addoption(
+        "--faults-markdown",
+        type=Path,
+        metavar="FILE",
+        help="write the table of upstream's faults there (run with -k upstream_faults)",
     )
 
 
@@ -53,8 +61,25 @@ def pool(request: pytest.FixtureRequest) -> Pool:
     return request.getfixturevalue("torch_pool")
 
 
+@pytest.fixture(scope="session")
+def faults(request: pytest.FixtureRequest) -> FaultTable:
+    """The table of upstream's faults, shown after the last test."""
+    return request.config.stash.setdefault(_FAULTS, FaultTable())
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say what the pool cost, so that a slow run can be understood."""
+    """Show the table of faults if one was made, and what the pool cost."""
+    table = terminalreporter.config.stash.get(_FAULTS, None)
+    if table is not None and table.rows:
+        terminalreporter.section("upstream's figures beside ours")
+        terminalreporter.write_line(table.text())
+        if path := terminalreporter.config.getoption("--faults-markdown"):
+            table.write(path)
+    _say_what_the_pool_cost(terminalreporter)
+
+
+def _say_what_the_pool_cost(terminalreporter: pytest.TerminalReporter) -> None:
+    """So that a slow run can be understood."""
     pool = terminalreporter.config.stash.get(_POOL, None)
     if pool is None or not pool.statistics.calls:
         return
