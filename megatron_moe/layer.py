@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_moe import config as options
 from megatron_moe.dispatch.dispatcher import DISPATCHERS, Dispatcher
+from megatron_moe.experts.weights import first_weights
 from megatron_moe.mcore import finish
 from megatron_moe.parallel.groups import ExpertGroups
 from megatron_moe.route.decision import Routing
@@ -52,6 +53,8 @@ class MoELayer(MegatronMoELayer):
             config.num_moe_experts, groups
         )
         finish.install(config)
+        if self.router.distillation is not None:
+            self.router.distillation.first_weights = partial(first_weights, self.experts)
 
     def forward(
         self,

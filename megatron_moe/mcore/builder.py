@@ -13,6 +13,7 @@ from megatron_moe.config import MoEConfig, check
 from megatron_moe.mcore.arguments import moe_config_from_args
 from megatron_moe.mcore.patching import applied
 from megatron_moe.mcore.specs import gpt_block_spec
+from megatron_moe.mcore.token_ids import feed_token_ids
 
 
 @dataclass(kw_only=True)
@@ -40,7 +41,9 @@ class MoEGPTModelBuilder(GPTModelBuilder):
         from megatron_moe.patches.megatron.mtp import mtp_patch
 
         with applied([mtp_patch(self._model_config.moe)]):
-            return super().build_model(*args, **kwargs)
+            model = super().build_model(*args, **kwargs)
+        feed_token_ids(model)
+        return model
 
 
 def gpt_config_from_args(args: Any) -> GPTModelConfig:

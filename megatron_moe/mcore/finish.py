@@ -1,4 +1,4 @@
-"""The end of a global batch: routers update what balances them, then Megatron finalises gradients.
+"""The end of a global batch: routers update what balances them, Megatron finalises gradients.
 
 Megatron's schedules call ``config.finalize_model_grads_func(model, num_tokens, …)`` when the last
 micro-batch is through. A MoE layer puts :func:`finish_batch` there when it is built; a training
@@ -14,19 +14,20 @@ from typing import Any
 
 import torch
 
+from megatron_moe.mcore.hold import HOLD
 from megatron_moe.route.part import end_global_batch
 from megatron_moe.telemetry.counters import routers_of
 
 
 def install(config: Any) -> None:
-    """Put :func:`finish_batch` before whatever finalises the gradients; once for each config."""
+    """Put :func:`finish_batch` around whatever finalises the gradients; once for each config."""
     present = config.finalize_model_grads_func
     if not (isinstance(present, partial) and present.func is finish_batch):
         config.finalize_model_grads_func = partial(finish_batch, present)
 
 
 def finish_batch(finalize: Callable[..., Any] | None, model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Update the routers' state from the whole global batch, then finalise.
+    """Update the routers' state from the whole global batch, and finalise.
 
     Args:
         finalize: What finalises the gradients; None for Megatron's own.
@@ -36,12 +37,16 @@ def finish_batch(finalize: Callable[..., Any] | None, model: Any, *args: Any, **
 
     Cost: one all-reduce for all routers of the stage with state, over the data-parallel ranks.
     """
-    end_batch([router for router in routers_of(model) if router.training])
+    routers = [router for router in routers_of(model) if router.training]
     if finalize is None:
         from megatron.core.distributed import finalize_model_grads
 
         finalize = finalize_model_grads
-    return finalize(model, *args, **kwargs)
+    HOLD.next_step(routers)
+    end_batch(routers)
+    result = finalize(model, *args, **kwargs)
+    HOLD.zero_gradients(model)
+    return result
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ from megatron_moe.experts.grouped import GroupedExperts
 from megatron_moe.experts.sequential import SequentialExperts
 from megatron_moe.layer import MoELayer
 from megatron_moe.route.router import TopKRouter
+from megatron_moe.telemetry.tracker import install_tracker
 
 
 def gpt_block_spec(
@@ -48,6 +49,7 @@ def gpt_block_spec(
         Megatron's ``TransformerBlockSubmodules``.
     """
     transformer: TransformerConfig = getattr(config, "transformer", config)
+    install_tracker(transformer, moe or MoEConfig())  # every pipeline stage comes by here
     block = get_gpt_decoder_block_spec(
         transformer,
         use_transformer_engine=transformer.transformer_impl == "transformer_engine",

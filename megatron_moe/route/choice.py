@@ -43,7 +43,6 @@ class Choice(RouterPart):
         groups: Process groups of the layer.
     """
 
-    needs_token_ids: ClassVar[bool] = False
     # Whether a later token can change what an earlier one is given: useless for a language model.
     sees_future: ClassVar[bool] = False
     # Choices that balance by themselves refuse balancing losses, which would do nothing.
@@ -55,6 +54,11 @@ class Choice(RouterPart):
         self.groups = groups
         self.topk: int = config.moe_router_topk
         self.num_experts: int = config.num_moe_experts
+
+    @property
+    def places(self) -> int:
+        """Places for choices that a token has: the K of what :meth:`pick` returns."""
+        return self.topk
 
     @classmethod
     def faults(cls, config: Any, moe: Any) -> list[str]:

@@ -28,6 +28,11 @@ def routing_faults(config: Any, moe: Any) -> list[str]:
     except ValueError as fault:
         return [*faults, str(fault)]
     faults += choice.faults(config, moe)
+    if moe.probe_tokens and (choice.sees_future or choice.needs_token_ids):
+        faults.append(
+            f"probe_tokens ({moe.probe_tokens}) decides about tokens by themselves, which "
+            f"router_choice {name} cannot: drop --moe-probe-tokens"
+        )
     if choice.balanced and _losses(config, moe):
         faults.append(
             f"router_choice {name} balances by itself, so a balancing loss would only pull at "
@@ -165,11 +170,23 @@ def _stability_faults(c: Any, moe: Any) -> list[str]:
             faults.append(f"{option} ({getattr(moe, option)}) must not be negative")
     if moe.sinkhorn_iterations < 1:
         faults.append(f"sinkhorn_iterations ({moe.sinkhorn_iterations}) must be at least 1")
+    if moe.gate_pretrain_iters and c.pipeline_model_parallel_size > 1:
+        faults.append(
+            f"gate_pretrain_iters ({moe.gate_pretrain_iters}) holds all weights but the routers', "
+            "and a pipeline stage without routers would go on learning: "
+            f"pipeline_model_parallel_size ({c.pipeline_model_parallel_size}) must be 1"
+        )
     if moe.hysteresis_margin and c.pipeline_model_parallel_size > 1:
         faults.append(
             f"hysteresis_margin ({moe.hysteresis_margin:g}) needs the token ids, which only the "
             "first pipeline stage has: pipeline_model_parallel_size "
             f"({c.pipeline_model_parallel_size}) must be 1"
+        )
+    if moe.hysteresis_margin and c.context_parallel_size > 1:
+        faults.append(
+            f"hysteresis_margin ({moe.hysteresis_margin:g}) needs the tokens before each one, of "
+            f"which context_parallel_size ({c.context_parallel_size}) leaves a rank pieces: "
+            "context_parallel_size must be 1"
         )
     if moe.context_length < 1:
         faults.append(f"context_length ({moe.context_length}) must be at least 1")

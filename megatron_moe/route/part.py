@@ -38,6 +38,10 @@ class RouterPart:
     # The router's buffers, in which those of :meth:`buffers` are found by key.
     state: Mapping[str, Any] = {}
 
+    # What a part must be given of the vocabulary ids, which the layers themselves never see.
+    needs_token_ids = False
+    needs_contexts = False
+
     def buffers(self) -> dict[str, Tensor]:
         """State that belongs in a checkpoint, by key, in fp32 or int64: asked for once.
 

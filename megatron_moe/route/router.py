@@ -15,13 +15,18 @@ from megatron_moe.parallel.groups import ExpertGroups
 from megatron_moe.route.bias import ExpertBias
 from megatron_moe.route.capacity import Capacity
 from megatron_moe.route.choice import choice_named, name_of_choice
+from megatron_moe.route.choices.adaptive import Adaptive
 from megatron_moe.route.decision import Picked, Routing
+from megatron_moe.route.distil import distillation_of
+from megatron_moe.route.hysteresis import hysteresis_of
 from megatron_moe.route.losses import RouterLosses
 from megatron_moe.route.memory import Decision, DecisionMemory
 from megatron_moe.route.part import RouterPart
+from megatron_moe.route.probe import probe_of
 from megatron_moe.route.schedule import Schedule
 from megatron_moe.route.tokens import Tokens
 from megatron_moe.telemetry.tally import Tally
+from megatron_moe.telemetry.tracker import CHURN, CONTEXT_CHURN, DROP_RATE, MEAN_K, record
 
 # State under these keys must be in a checkpoint; any other of a router's is ours alone.
 MEGATRON_BUFFERS = ("expert_bias", "qb_beta", "local_tokens_per_expert")
@@ -56,7 +61,16 @@ class TopKRouter(Router):
         self.balancing_bias: ExpertBias | None = None
         if config.moe_router_enable_expert_bias:
             self.balancing_bias = ExpertBias(config, moe)
-            self.parts.append(self.balancing_bias)
+        self.hysteresis = hysteresis_of(self.choice, moe, self.groups)
+        self.probe = probe_of(self.choice, config, moe, self._decide_anew)
+        self.distillation = distillation_of(config, moe, self.schedule, self.groups)
+        optional = (self.balancing_bias, self.hysteresis, self.probe, self.distillation)
+        self.parts += [part for part in optional if part is not None]
+        self.needs_token_ids = any(part.needs_token_ids for part in self.parts)
+        self.needs_contexts = any(part.needs_contexts for part in self.parts)
+        self.context_length = moe.context_length
+        self._token_ids_BS: Tensor | None = None
+        self._contexts_BS: Tensor | None = None
         self._register_buffers()
         self.losses = RouterLosses(config, moe, self.groups)
         self.capacity = Capacity.from_options(config, moe)
@@ -79,7 +93,7 @@ class TopKRouter(Router):
         counted = self.training and torch.is_grad_enabled()
         first_pass = self.training and not counted and self.config.recompute_granularity == "full"
         valid_T = None if padding_mask is None else ~padding_mask.flatten()
-        tokens = self._tokens(logits_SBE, valid_T, training=counted or first_pass)
+        tokens = self._tokens(logits_SBE, valid_T, training=counted or first_pass, input=input)
         decision = self.memory.take(tokens.logits_TE) if counted else None
         picked = decision.picked if decision else self._pick(tokens)
         probs_TK = self.choice.weigh(tokens.logits_TE, picked)
@@ -118,11 +132,17 @@ class TopKRouter(Router):
         """What is left to do after a global batch when the parts have updated their state."""
         self.losses.reset_global()
         self.memory.clear()
+        # Megatron reports means over micro-batches, and these belong to all of them.
+        micro_batches, self.tally.micro_batches = self.tally.micro_batches, 0
+        if (churn := self.churn) is not None:
+            record(self, CHURN, churn * micro_batches)
+        if self.hysteresis is not None and self.hysteresis.repeat_churn is not None:
+            record(self, CONTEXT_CHURN, self.hysteresis.repeat_churn * micro_batches)
 
     @property
     def churn(self) -> float | None:
         """Share of the probe's choices that changed in the last global batch; None without one."""
-        return None
+        return None if self.probe is None else self.probe.churn()
 
     def _logits(self, input: Tensor) -> Tensor:
         noisy = self.training
@@ -131,13 +151,47 @@ class TopKRouter(Router):
             logits_SBE = apply_random_logits(logits_SBE)
         return self.schedule.noisy(logits_SBE) if noisy else logits_SBE
 
-    def _tokens(self, logits_SBE: Tensor, valid_T: Tensor | None, *, training: bool) -> Tokens:
+    def note_token_ids(self, ids_BS: Tensor, contexts_BS: Tensor | None) -> None:
+        """Take the vocabulary ids of the next micro-batch, and hashes of their contexts."""
+        self._token_ids_BS, self._contexts_BS = ids_BS, contexts_BS
+
+    def _tokens(
+        self,
+        logits_SBE: Tensor,
+        valid_T: Tensor | None,
+        *,
+        training: bool,
+        input: Tensor | None = None,
+    ) -> Tokens:
         return Tokens(
             logits_TE=logits_SBE.flatten(0, 1),
             valid_T=valid_T,
             num_sequences=logits_SBE.shape[1],
             training=training,
+            token_ids_T=self._mine(self._token_ids_BS, logits_SBE, self.needs_token_ids),
+            contexts_T=self._mine(self._contexts_BS, logits_SBE, self.needs_contexts),
+            inputs_TD=None if input is None else input.flatten(0, 1),
         )
+
+    def _mine(self, ids_BS: Tensor | None, logits_SBE: Tensor, needed: bool) -> Tensor | None:
+        """This rank's slice of the ids, in the order of the hidden states."""
+        if not needed:
+            return None
+        if ids_BS is None:
+            raise ValueError(
+                "router_choice hash and hysteresis_margin need the token ids of the model: build "
+                "it by the plugin's builder (megatron-moe run), or call "
+                "megatron_moe.mcore.token_ids.feed_token_ids(model) once"
+            )
+        ids_SB = ids_BS.t()
+        length = logits_SBE.shape[0]
+        first = self.tp_group.rank() * length if self.config.sequence_parallel else 0
+        return ids_SB[first : first + length].flatten()
+
+    def _decide_anew(self, inputs_MD: Tensor) -> Picked:
+        """Choose for inputs by themselves, as in evaluation."""
+        tokens = self._tokens(self.gating(inputs_MD.unsqueeze(1)), None, training=False)
+        return self._pick(tokens)
 
     @torch.no_grad()
     def _pick(self, tokens: Tokens) -> Picked:
@@ -165,16 +219,21 @@ class TopKRouter(Router):
             picked,
             tokens.valid_T,
             tokens.num_sequences,
-            self._layer_place(),
+            self.layer_place,
             own,
         )
         with torch.no_grad():
             for part in self.parts:
                 part.observe(tokens, picked)
             self.tally.add(tokens, picked, decision.kept_TK)
+            if self.capacity.factor is not None:
+                record(self, DROP_RATE, self.tally.last_drop_rate())
+            if isinstance(self.choice, Adaptive):
+                record(self, MEAN_K, self.tally.last_mean_k())
         return probs_TK
 
-    def _layer_place(self) -> int | None:
+    @property
+    def layer_place(self) -> int | None:
         """1-based place of this layer in Megatron's metric vectors: decoder layers, then MTP."""
         if self.layer_number is None or not self.is_mtp_layer:
             return self.layer_number

@@ -19,6 +19,7 @@ class Tokens:
         bias_TE: Added to what experts are ranked by, never to weights: ``(E,)`` or ``(T, E)``.
         token_ids_T: Vocabulary ids, where a part asked for them.
         contexts_T: A hash of each token's last few ids, where a part asked for them.
+        inputs_TD: What the gate saw; None where only logits were given.
     """
 
     logits_TE: Tensor
@@ -28,6 +29,7 @@ class Tokens:
     bias_TE: Tensor | None = None
     token_ids_T: Tensor | None = None
     contexts_T: Tensor | None = None
+    inputs_TD: Tensor | None = None
 
     def ranked_with(self, bias_TE: Tensor) -> Tokens:
         """The same, with this bias."""

@@ -66,9 +66,11 @@ def _hybrid_config_from_args(
         from megatron_moe.config import check
         from megatron_moe.mcore.arguments import moe_config_from_args
         from megatron_moe.mcore.specs import hybrid_block_spec
+        from megatron_moe.telemetry.tracker import install_tracker
 
         moe = moe_config_from_args(args)
         check(hybrid.transformer, moe)
+        install_tracker(hybrid.transformer, moe)
         hybrid.hybrid_stack_spec = hybrid_block_spec(moe)
     return hybrid
 

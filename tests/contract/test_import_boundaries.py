@@ -11,6 +11,7 @@ MAY_IMPORT_MEGATRON = {
     "layer.py",
     "route/router.py",
     "route/losses.py",
+    "telemetry/tracker.py",
     "experts/sequential.py",
     "experts/grouped.py",
     "experts/sharding.py",

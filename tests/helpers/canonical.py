@@ -115,12 +115,12 @@ def slots_of(chunk: torch.nn.Module, places: AxisPlaces) -> Iterator[Slot]:
 
 
 def bias_pieces(chunks: list[torch.nn.Module]) -> list[Piece]:
-    """Return the routers' ``expert_bias`` buffers, which finalising the gradients updates."""
+    """Return the routers' state of balance, which the end of a global batch updates."""
     pieces = []
     for model in map(_unwrapped, chunks):
         modules = dict(model.named_modules())
         for name, buffer in model.named_buffers():
-            if name.endswith("expert_bias"):
+            if name.endswith(("expert_bias", "qb_beta", "choice_cut")):
                 pieces.append(Piece("".join(_global_layer(name, modules)), Cut(), buffer.clone()))
     return pieces
 

@@ -1,5 +1,7 @@
 """Run one MoE layer on this rank; the other half of `layers.py`, imports Megatron."""
 
+from typing import Any
+
 import torch
 from helpers.canonical import load_canonical, pieces_of
 from helpers.layers import LayerJob, LayerRecord
@@ -10,15 +12,19 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_default_pg_collection
 from torch import Tensor
 
+from megatron_moe.mcore.finish import end_batch
+
 
 def run_layer_rank(job: LayerJob, layout: Layout) -> LayerRecord:
     """Build the layer with canonical weights, run it on this rank's slice, forward and back."""
     places = enter_layout(layout)
     config = moe_config(layout, **({"num_layers": 1, "params_dtype": job.dtype} | job.model))
-    spec = block_spec_builder(job.impl)(config, None).layer_specs[0]
+    spec = block_spec_builder(job.impl, job.moe)(config, None).layer_specs[0]
     layer = spec.submodules.mlp(config=config, pg_collection=get_default_pg_collection())
     assert type(layer).__module__.startswith("megatron_moe") == (job.impl == "plugin")
     layer.set_layer_number(1)
+    layer.train(job.training)
+    seen = _watch(layer.router)
     gated = config.gated_linear_unit
     load_canonical([layer], places, gated=gated, empty_experts=job.empty_experts)
     # What the schedule would set; with 1, the ranks' gradients sum to those of the whole.
@@ -32,14 +38,29 @@ def run_layer_rank(job: LayerJob, layout: Layout) -> LayerRecord:
     output, bias = layer(hidden, padding_mask=padding)
     assert bias is None
     output.backward(_slice(job.cotangents[dp_rank], part, layout))
+    if job.impl == "plugin" and job.training:
+        end_batch([layer.router])
     return LayerRecord(
         dp_rank=dp_rank,
         part=part,
         output=output.detach(),
         input_grad=hidden.grad,
         grads=pieces_of([layer], places, _grad_of, gated=gated),
-        logged=logged_losses(config, num_micro_batches=1),
+        logged=logged_losses(config, num_micro_batches=1, moe=job.moe),
+        routing_map=seen[0].view(*hidden.shape[:2], -1),
+        state={name: value.clone() for name, value in layer.router.named_buffers()},
     )
+
+
+def _watch(router: torch.nn.Module) -> list[Tensor]:
+    """Collect the routing maps ``(T, E)`` that a router of either make gives."""
+    seen: list[Tensor] = []
+
+    def note(_module: object, _args: object, output: Any) -> None:
+        seen.append((output[1] if isinstance(output, tuple) else output.dense()[1]).detach())
+
+    router.register_forward_hook(note)
+    return seen
 
 
 def _slice(whole: Tensor, part: int, layout: Layout) -> Tensor:

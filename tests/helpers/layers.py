@@ -18,6 +18,8 @@ from helpers.reference_moe import (
 )
 from torch import Tensor
 
+from megatron_moe.config import MoEConfig
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerJob:
@@ -25,6 +27,8 @@ class LayerJob:
 
     Args:
         model: Fields of ``TransformerConfig``.
+        moe: The plugin's own options.
+        training: Whether the layer trains, or evaluates (then without losses and counts).
         batches: Micro-batch of each data-parallel rank, ``(S, B, D)``; S may differ and be 0.
         cotangents: What each output is multiplied with to make the loss, same shapes.
         padding: True for padding, ``(B, S)``, by data-parallel rank; None for none.
@@ -34,6 +38,8 @@ class LayerJob:
     """
 
     model: dict[str, Any] = field(default_factory=dict)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    training: bool = True
     batches: list[Tensor]
     cotangents: list[Tensor]
     padding: list[Tensor] | None = None
@@ -53,6 +59,8 @@ class LayerRecord:
         input_grad: Same shape.
         grads: Its own contributions to the parameters' gradients, not reduced.
         logged: MoE losses, as Megatron's tracker reports them.
+        routing_map: Choices carried out, ``(S / parts, B, E)`` bool.
+        state: The router's state after the global batch, by buffer name.
     """
 
     dp_rank: int
@@ -61,16 +69,24 @@ class LayerRecord:
     input_grad: Tensor
     grads: list[Piece]
     logged: dict[str, float]
+    routing_map: Tensor
+    state: dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerResult:
-    """The records of all ranks in one: outputs and input gradients by data-parallel rank."""
+    """The records of all ranks in one: outputs and input gradients by data-parallel rank.
+
+    ``routing_maps`` (by data-parallel rank) and ``state`` are empty where a reference says nothing
+    of them.
+    """
 
     outputs: list[Tensor]
     input_grads: list[Tensor]
     grads: dict[str, Tensor]
     logged: dict[str, float]
+    routing_maps: list[Tensor] = field(default_factory=list)
+    state: dict[str, Tensor] = field(default_factory=dict)
 
 
 def random_batches(
@@ -115,7 +131,19 @@ def merge_layer(records: list[LayerRecord]) -> LayerResult:
         input_grads=[torch.cat([r.input_grad for r in parts]) for parts in ordered],
         grads={name: join(list(parts.values())) for name, parts in sorted(sums.items())},
         logged=records[0].logged,
+        routing_maps=[torch.cat([r.routing_map for r in parts]) for parts in ordered],
+        state=_same_state(records),
     )
+
+
+def _same_state(records: list[LayerRecord]) -> dict[str, Tensor]:
+    """The routers' state, which every rank must have the same."""
+    first = records[0].state
+    for rank, record in enumerate(records):
+        assert record.state.keys() == first.keys()
+        for name, value in record.state.items():
+            assert torch.equal(value, first[name]), f"{name} of rank {rank} is not that of rank 0"
+    return first
 
 
 def reference_layer(

@@ -16,6 +16,8 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_moe.config import MoEConfig
+
 VOCABULARY = 32
 
 
@@ -82,11 +84,12 @@ def moe_config(layout: Layout, **changes: Any) -> TransformerConfig:
     return TransformerConfig(**(fields | changes))
 
 
-def block_spec_builder(impl: str) -> Callable:
+def block_spec_builder(impl: str, moe: MoEConfig | None = None) -> Callable:
     """Return ``(config, vp_stage) -> spec`` with the MoE layer of ``impl``.
 
     Args:
         impl: ``megatron`` for upstream's layer, ``plugin`` for ours.
+        moe: The plugin's own options; the defaults when None.
     """
     if impl == "megatron":
         return lambda config, vp_stage: get_gpt_decoder_block_spec(
@@ -94,7 +97,7 @@ def block_spec_builder(impl: str) -> Callable:
         )
     from megatron_moe.mcore.specs import gpt_block_spec
 
-    return lambda config, vp_stage: gpt_block_spec(config, vp_stage=vp_stage)
+    return lambda config, vp_stage: gpt_block_spec(config, vp_stage=vp_stage, moe=moe)
 
 
 def build_gpt(
@@ -102,6 +105,7 @@ def build_gpt(
     places: AxisPlaces,
     *,
     impl: str,
+    moe: MoEConfig | None = None,
     sequence_length: int,
     empty_experts: tuple[int, ...] = (),
 ) -> list[GPTModel]:
@@ -112,7 +116,7 @@ def build_gpt(
         ends = {"ignore_virtual": False, "vp_stage": vp_stage}
         model = GPTModel(
             config=config,
-            transformer_layer_spec=block_spec_builder(impl)(config, vp_stage),
+            transformer_layer_spec=block_spec_builder(impl, moe)(config, vp_stage),
             vocab_size=VOCABULARY,
             max_sequence_length=sequence_length,
             pre_process=parallel_state.is_pipeline_first_stage(**ends),

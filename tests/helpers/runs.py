@@ -12,6 +12,8 @@ from helpers.layout import Layout
 from helpers.tolerances import assert_same
 from torch import Tensor
 
+from megatron_moe.config import MoEConfig
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -19,6 +21,7 @@ class Job:
 
     Args:
         model: Fields of ``TransformerConfig`` that differ from the small default.
+        moe: The plugin's own options.
         num_sequences: Sequences of the global batch.
         micro_batch_size: Sequences of a micro-batch.
         sequence_length: Tokens of a sequence.
@@ -29,6 +32,7 @@ class Job:
     """
 
     model: dict[str, Any] = field(default_factory=dict)
+    moe: MoEConfig = field(default_factory=MoEConfig)
     num_sequences: int = 4
     micro_batch_size: int = 1
     sequence_length: int = 8

@@ -17,6 +17,9 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from torch import Tensor
 
+from megatron_moe.config import MoEConfig
+from megatron_moe.route.balance import balance_losses
+
 _LOGGED = {
     "aux_loss": "load_balancing_loss",
     "seq_aux_loss": "seq_load_balancing_loss",
@@ -53,6 +56,7 @@ class Training:
             self.config,
             self.places,
             impl=means.impl,
+            moe=job.moe,
             sequence_length=job.sequence_length,
             empty_experts=job.empty_experts,
         )
@@ -90,7 +94,7 @@ class Training:
         """Return the MoE losses of the step."""
         dp_size = parallel_state.get_data_parallel_world_size()
         micro_batches = self.job.num_sequences // self.job.micro_batch_size // dp_size
-        return logged_losses(self.config, micro_batches)
+        return logged_losses(self.config, micro_batches, self.job.moe)
 
     def _pieces(self, read: Callable[[Any], Tensor]) -> list[Piece]:
         return pieces_of(self.ddp, self.places, read, gated=self.config.gated_linear_unit)
@@ -194,20 +198,26 @@ class _Writer:
         self.scalars[name] = float(value)
 
 
-def logged_losses(config: Any, num_micro_batches: int) -> dict[str, float]:
+def logged_losses(
+    config: Any, num_micro_batches: int, moe: MoEConfig | None = None
+) -> dict[str, float]:
     """Return the MoE losses as Megatron's training loop would log them."""
     kinds = config.moe_router_load_balancing_type
     kinds = [kinds] if isinstance(kinds, str) else kinds
     names = [_LOGGED[kind] for kind in kinds if kind in _LOGGED]
     if config.moe_z_loss_coeff:
         names.append("z_loss")
+    if moe is not None:
+        names += [loss.log_name for loss in balance_losses(config, moe)]
+        if moe.router_choice in ("top_p", "threshold") and moe.target_k >= 0:
+            names.append("router_budget_loss")
     writer = _Writer()
     get_moe_metrics_tracker().report(
         loss_scale=1 / num_micro_batches,
         iteration=1,
         writer=writer,
         force_initialize=True,
-        track_names=names,
+        track_names=list(dict.fromkeys(names)),
         num_layers=config.num_layers,
         moe_layer_freq=config.moe_layer_freq,
     )

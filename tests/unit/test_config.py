@@ -23,6 +23,7 @@ def transformer(**changes):
         "moe_pad_expert_input_to_capacity": False,
         "moe_token_drop_policy": "probs",
         "pipeline_model_parallel_size": 1,
+        "context_parallel_size": 1,
         "num_layers": 2,
         "mtp_num_layers": None,
         "expert_model_parallel_size": 2,

@@ -60,12 +60,23 @@ class Adaptive(Choice):
             faults.append(
                 f"target_k ({target:g}) must lie between k_min ({k_min}) and k_max ({k_max})"
             )
-        if target < 0 and not 0 < moe.router_cut < 1:
+        if (target < 0 or moe.router_cut) and not 0 < moe.router_cut < 1:
+            why = (
+                " when a negative target_k leaves it fixed"
+                if target < 0
+                else "; 0 finds it in the first batch"
+            )
+            faults.append(f"router_cut ({moe.router_cut}) must lie between 0 and 1{why}")
+        if config.moe_router_group_topk:
             faults.append(
-                f"router_cut ({moe.router_cut}) must lie between 0 and 1 when a negative target_k "
-                "leaves it fixed"
+                "router_choice top_p and threshold know no groups: drop --moe-router-group-topk"
             )
         return faults
+
+    @property
+    def places(self) -> int:
+        """As many as the most experts of a token."""
+        return self.k_max
 
     def values(self, scores_TK: Tensor) -> Tensor:
         """The v of each place, ``(T, K)`` in [0, 1], growing along K; scores come best first."""

@@ -55,6 +55,11 @@ class ExpertChoice(Choice):
             )
         return faults
 
+    @property
+    def places(self) -> int:
+        """Every expert may take a token."""
+        return self.num_experts
+
     def pick(self, tokens: Tokens) -> Picked:
         """Let experts take their best tokens; an earlier token wins a tie."""
         scope = self.moe.expert_choice_scope

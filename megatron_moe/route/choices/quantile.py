@@ -42,7 +42,8 @@ class Quantile(Choice):
 
     def __init__(self, config: Any, moe: Any, groups: ExpertGroups) -> None:
         super().__init__(config, moe, groups)
-        self._forget()
+        self._sum_E = torch.zeros(self.num_experts, dtype=torch.float64)
+        self._count = 0
 
     def buffers(self) -> dict[str, Tensor]:
         """β of each expert."""
@@ -64,7 +65,7 @@ class Quantile(Choice):
     def summary(self) -> Tensor:
         """Sum of the micro-batches' thresholds, and how many there were."""
         summary = torch.cat([self._sum_E, self._sum_E.new_tensor([self._count])])
-        self._forget()
+        self._sum_E, self._count = torch.zeros_like(self._sum_E), 0
         return summary
 
     def end_batch(self, summed: Tensor | None) -> None:
@@ -77,10 +78,6 @@ class Quantile(Choice):
         mean_E = (summed[:-1] / summed[-1]).to(beta_E)
         beta_E.copy_(ema * beta_E + (1.0 - ema) * mean_E)
         beta_E -= beta_E.mean()
-
-    def _forget(self) -> None:
-        self._sum_E: Tensor = torch.zeros(self.num_experts, dtype=torch.float64)
-        self._count: int = 0
 
 
 def thresholds(logits_AE: Tensor, topk: int, beta_E: Tensor) -> Tensor:

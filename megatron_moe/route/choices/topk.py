@@ -87,16 +87,19 @@ class GShard(TopK):
         picked = super().pick(tokens)
         if self.moe.second_expert == "always" or not tokens.training:
             return picked
-        second_T = self.weigh(tokens.logits_TE, picked)[:, 1]
+        second_T = self._shares(tokens.logits_TE, picked)[:, 1]
         keep_T = 2.0 * second_T > torch.rand_like(second_T)
         return Picked(picked.indices_TK, torch.stack([torch.ones_like(keep_T), keep_T], dim=1))
 
     def weigh(self, logits_TE: Tensor, picked: Picked) -> Tensor:
         """The scores of both, divided by their sum, also where only the first is dispatched."""
-        c = self.config
-        both_TK = log_score(logits_TE, c.moe_router_score_function).gather(1, picked.indices_TK)
-        probs_TK = torch.softmax(both_TK, dim=-1) * (c.moe_router_topk_scaling_factor or 1.0)
-        return probs_TK.type_as(logits_TE)
+        factor = self.config.moe_router_topk_scaling_factor or 1.0
+        return (self._shares(logits_TE, picked) * factor).type_as(logits_TE)
+
+    def _shares(self, logits_TE: Tensor, picked: Picked) -> Tensor:
+        """Weights before any scaling: they sum to 1 for each token."""
+        scores_TE = log_score(logits_TE, self.config.moe_router_score_function)
+        return torch.softmax(scores_TE.gather(1, picked.indices_TK), dim=-1)
 
 
 def pick_topk(
