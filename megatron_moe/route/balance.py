@@ -151,12 +151,25 @@ def summand(
     return torch.where(some, value, torch.zeros_like(value))
 
 
-def z_loss(logits_TE: Tensor, num_valid: Tensor | int, valid_T: Tensor | None = None) -> Tensor:
+def z_loss(
+    logits_TE: Tensor,
+    num_valid: Tensor | int,
+    valid_T: Tensor | None = None,
+    logsumexp_T: Tensor | None = None,
+) -> Tensor:
     """This rank's summand of the mean of ``logsumexp(logits)²`` over a scope's n valid tokens.
+
+    Args:
+        logits_TE: Logits of this rank's tokens.
+        num_valid: n.
+        valid_T: False for padding; None when there is none.
+        logsumexp_T: Of the logits, where it is known already.
 
     Source: ST-MoE arXiv:2202.08906.
     """
-    squares_T = logits_TE.logsumexp(dim=-1).square()
+    if logsumexp_T is None:
+        logsumexp_T = logits_TE.logsumexp(dim=-1)
+    squares_T = logsumexp_T.square()
     if valid_T is not None:
         squares_T = squares_T * valid_T
     n = torch.as_tensor(num_valid, device=logits_TE.device).clamp(min=1)

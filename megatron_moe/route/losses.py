@@ -17,7 +17,8 @@ from megatron_moe.parallel.groups import ExpertGroups
 from megatron_moe.route.balance import BalanceLoss, balance_losses, summand, z_loss
 from megatron_moe.route.decision import Picked
 from megatron_moe.route.part import OwnLoss
-from megatron_moe.route.scores import balance_scores
+from megatron_moe.route.scores import log_score
+from megatron_moe.route.softmax import score_sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,30 +118,34 @@ class RouterLosses:
         z_coeff = self.config.moe_z_loss_coeff
         found = list(own)
         num_valid = self._num_valid(logits_TE, valid_T) if self.balance or z_coeff or own else 0
+        logsumexp_T = None
         if self.balance:
-            found += self._balance_losses(logits_TE, picked, valid_T, num_sequences, layer_place)
+            function = self.config.moe_router_score_function
+            sums_BE, denominators_T = score_sums(
+                log_score(logits_TE, function), valid_T, num_sequences
+            )
+            found += self._balance_losses(sums_BE, picked, valid_T, layer_place)
+            # For softmax scores the z-loss is of the same denominators: no second pass.
+            logsumexp_T = denominators_T if function == "softmax" else None
         if z_coeff:
-            found.append(OwnLoss("z_loss", z_coeff, z_loss(logits_TE, num_valid, valid_T)))
+            z = z_loss(logits_TE, num_valid, valid_T, logsumexp_T)
+            found.append(OwnLoss("z_loss", z_coeff, z))
         for loss in found:
             probs_TK = self._hang(probs_TK, loss, num_valid, layer_place)
         return probs_TK
 
     def _balance_losses(
         self,
-        logits_TE: Tensor,
+        score_sums_BE: Tensor,
         picked: Picked,
         valid_T: Tensor | None,
-        num_sequences: int,
         layer_place: int | None,
     ) -> list[OwnLoss]:
-        scores_TE = balance_scores(logits_TE, self.config.moe_router_score_function)
-        if valid_T is not None:
-            scores_TE = scores_TE * valid_T.unsqueeze(1)
-        score_sums_BE = scores_TE.unflatten(0, (-1, num_sequences)).sum(0)
+        num_sequences, num_experts = score_sums_BE.shape
         mine = _Sums(
-            _counts_by_sequence(picked, num_sequences, logits_TE.shape[1]).double(),
+            _counts_by_sequence(picked, num_sequences, num_experts).double(),
             score_sums_BE.detach().double(),
-            _valid_by_sequence(scores_TE, valid_T, num_sequences).double(),
+            _valid_by_sequence(picked.indices_TK, valid_T, num_sequences).double(),
         )
         sequences = None
         if any(loss.scope != "global" for loss in self.balance):
@@ -222,16 +227,18 @@ class RouterLosses:
 
 def _counts_by_sequence(picked: Picked, num_sequences: int, num_experts: int) -> Tensor:
     """Choices of each expert in each sequence, ``(B, E)`` int64; token t is of sequence t mod B."""
-    tokens_T = torch.arange(picked.indices_TK.shape[0], device=picked.indices_TK.device)
-    slots_TK = (tokens_T % num_sequences).unsqueeze(1) * num_experts + picked.indices_TK
+    slots_TK = picked.indices_TK
+    if num_sequences > 1:
+        tokens_T = torch.arange(slots_TK.shape[0], device=slots_TK.device)
+        slots_TK = (tokens_T % num_sequences).unsqueeze(1) * num_experts + slots_TK
     slots = slots_TK.flatten() if picked.chosen_TK is None else slots_TK[picked.chosen_TK]
     counts = torch.bincount(slots, minlength=num_sequences * num_experts)
     return counts.view(num_sequences, num_experts)
 
 
-def _valid_by_sequence(x_TE: Tensor, valid_T: Tensor | None, num_sequences: int) -> Tensor:
+def _valid_by_sequence(x_TK: Tensor, valid_T: Tensor | None, num_sequences: int) -> Tensor:
     """Valid tokens of each sequence, ``(B,)`` int64."""
     if valid_T is None:
-        num_tokens = x_TE.shape[0] // num_sequences
-        return torch.full((num_sequences,), num_tokens, device=x_TE.device)
+        num_tokens = x_TK.shape[0] // num_sequences
+        return torch.full((num_sequences,), num_tokens, device=x_TK.device)
     return valid_T.unflatten(0, (-1, num_sequences)).sum(0)

@@ -81,5 +81,5 @@ class DecisionMemory:
 
 
 def _sample(logits_TE: Tensor) -> Tensor:
-    step = max(1, logits_TE.shape[0] // _SAMPLED_TOKENS)
+    step = max(1, -(-logits_TE.shape[0] // _SAMPLED_TOKENS))
     return logits_TE.detach()[::step].clone()

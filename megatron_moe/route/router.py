@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from megatron_moe.telemetry.tracker import CHURN, CONTEXT_CHURN, DROP_RATE, MEAN
 
 # State under these keys must be in a checkpoint; any other of a router's is ours alone.
 MEGATRON_BUFFERS = ("expert_bias", "qb_beta", "local_tokens_per_expert")
+_log = logging.getLogger(__name__)
 _ROUTER_DTYPES = {None: torch.float32, "fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -40,9 +42,6 @@ class TopKRouter(Router):
     computed in fp32 unless ``moe_router_dtype`` says fp64: half-precision logits flip near-ties.
     Everything with state is a :class:`RouterPart`; its buffers are the router's.
     """
-
-    # Megatron's own update of the bias is switched off: it needs the same E in every layer.
-    frozen_expert_bias = True
 
     def __init__(
         self,
@@ -138,6 +137,22 @@ class TopKRouter(Router):
             record(self, CHURN, churn * micro_batches)
         if self.hysteresis is not None and self.hysteresis.repeat_churn is not None:
             record(self, CONTEXT_CHURN, self.hysteresis.repeat_churn * micro_batches)
+
+    @property
+    def frozen_expert_bias(self) -> bool:
+        """Megatron asks this when it finalises gradients: its own update of the bias is off.
+
+        Raises:
+            RuntimeError: The plugin's end of the global batch was taken out, and nothing else
+                would update the bias, without a word.
+        """
+        if self.tally.micro_batches:
+            raise RuntimeError(
+                "config.finalize_model_grads_func was replaced after the model was built, so no "
+                "router ends its global batch: wrap what is there, or call "
+                "megatron_moe.mcore.finish.install(config) again"
+            )
+        return True
 
     @property
     def churn(self) -> float | None:
@@ -265,10 +280,18 @@ class TopKRouter(Router):
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Load; state that is ours alone and that the checkpoint has not stays as it is."""
+        """Load, strictly but for state that is ours alone.
+
+        What the checkpoint has not stays as it is, what only it has is left, with a warning.
+        """
         for name, buffer in self._buffers.items():
             if buffer is not None and name not in MEGATRON_BUFFERS:
                 state_dict.setdefault(prefix + name, buffer)
+        known = {*self._parameters, *self._buffers, *MEGATRON_BUFFERS}
+        for key in [k for k in state_dict if k.startswith(prefix)]:
+            if key.removeprefix(prefix) not in known:
+                _log.warning("%s in the checkpoint belongs to an option that is off: left", key)
+                del state_dict[key]
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.schedule.loaded()
 

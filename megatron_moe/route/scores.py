@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_moe.route.decision import Picked
+from megatron_moe.route.softmax import softmax
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -25,11 +26,12 @@ def score(logits_TE: Tensor, score_function: str) -> Tensor:
     """
     logits_TE = at_least_fp32(logits_TE)
     if score_function == "softmax":
-        return torch.softmax(logits_TE, dim=-1)
+        return softmax(logits_TE)
     if score_function == "sigmoid":
         return torch.sigmoid(logits_TE)
     if score_function == "sqrtsoftplus":
-        return F.softplus(logits_TE).sqrt()
+        # The slope of a root is infinite at 0, and softplus underflows to 0 from -104 on.
+        return F.softplus(logits_TE.clamp(min=-80.0)).sqrt()
     raise ValueError(
         f"moe_router_score_function ({score_function}) must be softmax, sigmoid or sqrtsoftplus"
     )
@@ -53,7 +55,7 @@ def log_score(logits_TE: Tensor, score_function: str) -> Tensor:
 
 def balance_scores(logits_TE: Tensor, score_function: str) -> Tensor:
     """Scores over all experts that sum to 1 for each token: what the balancing losses push on."""
-    return torch.softmax(log_score(logits_TE, score_function), dim=-1)
+    return softmax(log_score(logits_TE, score_function))
 
 
 def ranked_by(
@@ -102,7 +104,7 @@ def weigh_chosen(
         if picked.chosen_TK is not None:
             lowest = torch.finfo(chosen_TK.dtype).min
             chosen_TK = chosen_TK.masked_fill(~picked.chosen_TK, lowest)
-        probs_TK = torch.softmax(chosen_TK, dim=-1)
+        probs_TK = softmax(chosen_TK)
     if scaling_factor:
         probs_TK = probs_TK * scaling_factor
     return probs_TK.type_as(logits_TE)

@@ -7,6 +7,7 @@ from megatron_moe.patches.megatron import (
     fresh_optimizer,
     load_optimizer_state,
     norm_without_engine,
+    optional_state,
     seam,
     synchronous_save,
 )
@@ -19,4 +20,5 @@ ALL: tuple[Patch, ...] = (
     *load_optimizer_state.PATCHES,
     *norm_without_engine.PATCHES,
     *fresh_optimizer.PATCHES,
+    *optional_state.PATCHES,
 )

@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_moe.config import MoEConfig
+from megatron_moe.mcore.token_ids import feed_token_ids
 
 VOCABULARY = 32
 
@@ -124,6 +125,8 @@ def build_gpt(
             position_embedding_type="rope",
             vp_stage=vp_stage,
         )
+        if impl == "plugin":
+            feed_token_ids(model)
         chunks.append(model)
     load_canonical(chunks, places, gated=config.gated_linear_unit, empty_experts=empty_experts)
     return chunks

@@ -177,6 +177,12 @@ _DENSE_FIRST = ("--moe-layer-freq", "([0]*1+[1]*3)")
 _UNEVEN = ("--decoder-first-pipeline-num-layers", "1")
 _STACKED = ("--moe-grouped-gemm",)
 
+# All state that a router can have of its own: cut, iteration, probe with its ring, cache.
+ROUTER_STATE = (
+    *("--moe-router-choice", "top_p", "--moe-probe-tokens", "4", "--moe-hysteresis-margin", "0.1"),
+    *("--moe-router-freeze-iter", "4"),
+)
+
 # Checkpoints that have, between them, every form, kind of optimizer, axis and part of a model.
 DOZEN: dict[str, SavedRun] = {
     "dist_fully_tp2ep2": SavedRun(layout=Layout(tp=2, ep=2), optimizer="fully", flags=_GATED),
@@ -209,6 +215,9 @@ DOZEN: dict[str, SavedRun] = {
     ),
     "dist_plain_biases": SavedRun(layout=Layout(tp=2, ep=2), optimizer="plain", flags=_STACKED),
     "dist_none_ep2": SavedRun(layout=Layout(ep=2), optimizer="none", flags=_RICH),
+    "dist_fully_router_state": SavedRun(
+        layout=Layout(ep=2), optimizer="fully", flags=(*_GATED, *ROUTER_STATE), bf16=False
+    ),
     "torch_distopt_tp2pp2ep2": SavedRun(
         layout=Layout(tp=2, pp=2, ep=2), world_size=4, form="torch", flags=_RICH
     ),

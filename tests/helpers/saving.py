@@ -58,7 +58,8 @@ class Run:
             chunk.train()
         self.config.grad_scale_func = self.optimizer.scale_loss
         self.config.timers = get_timers()
-        self.config.finalize_model_grads_func = finalize_model_grads
+        if self.config.finalize_model_grads_func is None:  # as Megatron does
+            self.config.finalize_model_grads_func = finalize_model_grads
         if self.args.overlap_grad_reduce:
             syncs = [chunk.no_sync for chunk in self.model]
             self.config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]

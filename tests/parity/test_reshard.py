@@ -83,6 +83,10 @@ TRIPS = {
         To(Layout(tp=2, pp=2, ep=2), 4, optimizer="distributed"),
         To(Layout(tp=2, pp=1, ep=1, etp=2), 2, "torch", "plain"),
     ],
+    "dist_fully_router_state": [
+        To(Layout(tp=2, ep=2), 4),
+        To(Layout(tp=2), 2, "torch", "plain"),
+    ],
     "dist_fully_tp2etp2": [
         To(Layout(pp=2, vpp=2), 2, optimizer="distributed"),
         To(Layout(tp=2, ep=2), 2, "torch"),

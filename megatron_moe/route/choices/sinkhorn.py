@@ -25,6 +25,8 @@ class Sinkhorn(Choice):
     Source: S-BASE layers, Clark et al. arXiv:2202.01169; Cuturi arXiv:1306.0895.
     """
 
+    # In training alone, and within the micro-batch: its offsets come from all tokens.
+    sees_future = True
     balanced = True
 
     @classmethod

@@ -90,6 +90,19 @@ _FEED_FORWARD = [
     Rule("mlp.router.bias"),
     Rule("mlp.router.expert_bias", buffer=True),
     Rule("mlp.router.local_tokens_per_expert", buffer=True),
+    *(
+        Rule(f"mlp.router.{name}", buffer=True)
+        for name in (
+            "qb_beta",
+            "choice_cut",
+            "routing_step",
+            "probe_inputs",
+            "probe_ring",
+            "probe_count",
+            "context_tags",
+            "context_experts",
+        )
+    ),
     Rule("mlp.experts.linear_fc1.weight", "rows", gated=True),
     Rule("mlp.experts.linear_fc1.bias", "rows", gated=True),
     Rule("mlp.experts.linear_fc2.weight", "columns"),

@@ -145,8 +145,9 @@ def _check_optimizer(opened: Opened) -> None:
     states = {role for role in STATES if any(a.role == role for a in atoms)}
     if not states:
         return
+    buffers = tuple(f".{rule.name}" for rule in rules() if rule.buffer)
     for atom, weight in atoms.items():
-        if atom.role != WEIGHT or atom.name.endswith(("expert_bias", "local_tokens_per_expert")):
+        if atom.role != WEIGHT or atom.name.endswith(buffers):
             continue
         for role in sorted(states):
             held = atoms.get(AtomId(atom.name, role))
