@@ -8,6 +8,7 @@ from megatron_moe.tools.checkpoint.errors import CheckpointError
 from megatron_moe.tools.checkpoint.model.atoms import MASTER, STATES, WEIGHT, AtomId
 from megatron_moe.tools.checkpoint.model.boxes import fault_of_cover
 from megatron_moe.tools.checkpoint.model.buffers import Parameter
+from megatron_moe.tools.checkpoint.model.catalogue import rules
 from megatron_moe.tools.checkpoint.model.inventory import Inventory, take
 from megatron_moe.tools.checkpoint.model.layout import Coordinates, Pipeline
 from megatron_moe.tools.checkpoint.model.members import runs_stacked
