@@ -33,6 +33,11 @@ def routing_faults(config: Any, moe: Any) -> list[str]:
             f"probe_tokens ({moe.probe_tokens}) decides about tokens by themselves, which "
             f"router_choice {name} cannot: drop --moe-probe-tokens"
         )
+    if getattr(config, "moe_enable_routing_replay", False) and name not in ("topk", "switch"):
+        faults.append(
+            f"moe_enable_routing_replay knows K experts a token, which router_choice {name} does "
+            "not always give: use --moe-routing-record and --moe-routing-replay"
+        )
     if choice.balanced and _losses(config, moe):
         faults.append(
             f"router_choice {name} balances by itself, so a balancing loss would only pull at "

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.transformer.moe.moe_utils import apply_random_logits, router_gating_linear
 from megatron.core.transformer.moe.router import Router
+from megatron.core.transformer.moe.router_replay import RouterReplay
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -24,6 +26,7 @@ from megatron_moe.route.losses import RouterLosses
 from megatron_moe.route.memory import Decision, DecisionMemory
 from megatron_moe.route.part import RouterPart
 from megatron_moe.route.probe import probe_of
+from megatron_moe.route.replay import replay_of
 from megatron_moe.route.schedule import Schedule
 from megatron_moe.route.tokens import Tokens
 from megatron_moe.telemetry.tally import Tally
@@ -56,15 +59,19 @@ class TopKRouter(Router):
         self.groups = ExpertGroups.from_collection(pg_collection)
         self.choice = choice_named(name_of_choice(config, moe))(config, moe, self.groups)
         self.schedule = Schedule(config, moe)
-        self.parts: list[RouterPart] = [self.choice, self.schedule]
+        self.parts: list[RouterPart]
         self.balancing_bias: ExpertBias | None = None
         if config.moe_router_enable_expert_bias:
             self.balancing_bias = ExpertBias(config, moe)
         self.hysteresis = hysteresis_of(self.choice, moe, self.groups)
         self.probe = probe_of(self.choice, config, moe, self._decide_anew)
         self.distillation = distillation_of(config, moe, self.schedule, self.groups)
+        self.replay = replay_of(moe, self.schedule)
+        # Before the schedule, whose count it writes by.
+        self.parts = [self.choice, *([self.replay] if self.replay else []), self.schedule]
         optional = (self.balancing_bias, self.hysteresis, self.probe, self.distillation)
         self.parts += [part for part in optional if part is not None]
+        self.router_replay = RouterReplay() if config.moe_enable_routing_replay else None
         self.needs_token_ids = any(part.needs_token_ids for part in self.parts)
         self.needs_contexts = any(part.needs_contexts for part in self.parts)
         self.context_length = moe.context_length
@@ -104,6 +111,12 @@ class TopKRouter(Router):
         return Routing(
             picked.indices_TK, probs_TK, self.num_experts, decision.kept_TK, decision.capacity
         )
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Megatron says which layer this is, 1-based."""
+        super().set_layer_number(layer_number)
+        if self.replay is not None:
+            self.replay.layer = self.layer_place
 
     def gating(self, input: Tensor) -> Tensor:
         """Logits ``(S, B, E)`` in the router's dtype."""
@@ -210,10 +223,26 @@ class TopKRouter(Router):
 
     @torch.no_grad()
     def _pick(self, tokens: Tokens) -> Picked:
+        if self.replay is not None and tokens.training:
+            return self.replay.decide(partial(self._pick_anew, tokens), tokens)
+        return self._pick_anew(tokens)
+
+    def _pick_anew(self, tokens: Tokens) -> Picked:
         biases = [b for part in self.parts if (b := part.ranking_bias(tokens)) is not None]
         if biases:
             tokens = tokens.ranked_with(sum(biases[1:], start=biases[0]))
-        return self.choice.pick(tokens).without_padding(tokens.valid_T)
+        if self.router_replay is None:
+            return self.choice.pick(tokens).without_padding(tokens.valid_T)
+        # Megatron's own replay, for programs that steer it from outside.
+        _, indices_TK = self.router_replay.get_replay_topk(
+            tokens.logits_TE,
+            self.topk,
+            default_compute_topk=lambda *_args, **_kwargs: (
+                None,
+                self.choice.pick(tokens).indices_TK,
+            ),
+        )
+        return Picked(indices_TK.to(tokens.logits_TE.device)).without_padding(tokens.valid_T)
 
     @torch.no_grad()
     def _limit(self, probs_TK: Tensor, picked: Picked) -> Decision:

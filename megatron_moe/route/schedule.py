@@ -27,6 +27,8 @@ class Schedule(RouterPart):
             self.pretrain_iters
             or self.freeze_iter >= 0
             or (self.anneal_iters and (self.jitter or self.noise))
+            or moe.routing_record
+            or moe.routing_replay
         )
         self._finished: int | None = 0
 
