@@ -17,6 +17,8 @@ import torch
 from helpers.layout import Layout, legal_layouts
 from helpers.runs import Job, Means, Record, assert_same_run, merge, train
 
+from megatron_moe.config import MoEConfig
+
 GROUPED = {"moe_grouped_gemm": True}
 GATHER = {"moe_token_dispatcher_type": "allgather"}
 FULL = {
@@ -102,6 +104,12 @@ def options(**model: Any) -> Job:
     return Job(model=model)
 
 
+def routed(moe: dict[str, Any], **model: Any) -> Job:
+    """A job with options of the plugin, several micro-batches, and no balancing but its own."""
+    none = {"moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.0}
+    return Job(model=none | model, moe=MoEConfig(**moe), num_sequences=8, micro_batch_size=2)
+
+
 PER_TOKEN = Job(model={"calculate_per_token_loss": True}, masked_tokens=True)
 MANY_LOSSES = {
     "moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"],
@@ -121,6 +129,23 @@ SIGMOID = options(
 CAPACITY = {"moe_expert_capacity_factor": 0.75, "moe_router_load_balancing_type": "aux_loss"}
 SHARED = options(moe_shared_expert_intermediate_size=8, moe_shared_expert_gate=True)
 INTERLEAVED = options(num_layers=4, moe_layer_freq=[0, 1, 1, 1])
+KL = routed(
+    {
+        "balance_losses": ("kl@micro_batch=0.1", "kl@sequence=0.05", "switch@sequence=0.02"),
+        "balance_layer_weights": (1.0, 0.5),
+    }
+)
+KL_GLOBAL = replace(routed({"balance_losses": ("kl@global=0.1",)}), num_sequences=4)
+TOP_P = routed({"router_choice": "top_p", "router_cut": 0.4, "budget_loss_coeff": 0.1})
+THRESHOLD = routed(
+    {"router_choice": "threshold", "router_cut": 0.25, "k_max": 4, "target_k": 2.5},
+)
+EXPERT_CHOICE = {"router_choice": "expert_choice", "allow_future_tokens": True}
+LATE = {"capacity_scope": "micro_batch", "drop_order": "prioritised", "min_capacity": 1}
+QUANTILE = {"moe_router_load_balancing_type": "quantile_balancing"}
+ONE = {"moe_router_topk": 1, "moe_router_pre_softmax": True}
+SINKHORN = {"moe_router_load_balancing_type": "sinkhorn"}
+CENTRED = replace(SIGMOID, moe=MoEConfig(expert_bias_update="centred"))
 
 AWKWARD = [
     *awkward("topk1", options(moe_router_topk=1, moe_router_pre_softmax=True), EP2, TP2_EP2),
@@ -141,8 +166,29 @@ AWKWARD = [
     ),
     *awkward("sigmoid-bias-groups", SIGMOID, EP2, TP2_EP2, PP2_EP2),
     *awkward("shared-gate", SHARED, EP2, TP2_EP2),
-    *awkward("drop", options(**CAPACITY), EP4, PP2_EP2),
-    *awkward("drop-position", options(**CAPACITY, moe_token_drop_policy="position"), EP4),
+    *awkward("drop", options(**CAPACITY), EP4, PP2_EP2, TP2_EP2),
+    *awkward("drop-position", options(**CAPACITY, moe_token_drop_policy="position"), EP4, TP2_ETP2),
+    *awkward("drop-prioritised", routed(LATE, moe_expert_capacity_factor=0.75), EP2, TP2_EP2),
+    *awkward("kl", KL, EP2, TP2_EP2, PP2_EP2),
+    *awkward("kl-padding", replace(KL, padded_tokens=True), TP2_EP2),
+    *awkward("kl-recompute", KL, TP2_EP2, model=FULL),
+    *awkward("switch", routed({"router_choice": "switch"}, **ONE), EP2, TP2_EP2),
+    *awkward("gshard", routed({"router_choice": "gshard"}), EP4, TP2_ETP2),
+    *awkward("hash", routed({"router_choice": "hash"}), EP2, TP2_EP2),
+    *awkward("hash-recompute", routed({"router_choice": "hash"}), TP2_EP2, model=FULL),
+    *awkward("top-p", TOP_P, EP2, TP2_EP2, PP2_EP2),
+    *awkward("top-p-recompute", TOP_P, TP2_EP2, model=FULL | GATHER),
+    *awkward("threshold-padding", replace(THRESHOLD, padded_tokens=True), EP2, TP2_EP2),
+    *awkward("quantile", options(moe_aux_loss_coeff=0.0, **QUANTILE), EP2, TP2_EP2, PP2_EP2),
+    *awkward("sinkhorn", options(moe_aux_loss_coeff=0.0, **SINKHORN), EP2, TP2_EP2),
+    *awkward("expert-choice", routed(EXPERT_CHOICE), EP2, TP2_EP2, PP2_EP2),
+    *awkward("expert-choice-padding", replace(routed(EXPERT_CHOICE), padded_tokens=True), TP2_EP2),
+    *awkward(
+        "expert-choice-sequence",
+        routed(EXPERT_CHOICE | {"expert_choice_scope": "sequence"}),
+        TP2_ETP2,
+    ),
+    *awkward("centred-bias", CENTRED, TP2_EP2),
     *awkward("pad", options(**CAPACITY, moe_pad_expert_input_to_capacity=True), EP2, EP4),
     *awkward(
         "plain-bias", options(add_bias_linear=True, gated_linear_unit=False), EP2, TP2_EP2, TP2
@@ -152,6 +198,11 @@ AWKWARD = [
     *[  # the scope is the global batch: one micro-batch here is several there
         Case("global-aux", n, replace(GLOBAL, micro_batch_size=size), Means(layout=layout), one)
         for one in [replace(GLOBAL, micro_batch_size=4)]
+        for (n, layout), size in ((EP2, 2), (EP4, 1), (TP2_EP2, 2))
+    ],
+    *[
+        Case("global-kl", n, replace(KL_GLOBAL, micro_batch_size=size), Means(layout=layout), one)
+        for one in [replace(KL_GLOBAL, micro_batch_size=4)]
         for (n, layout), size in ((EP2, 2), (EP4, 1), (TP2_EP2, 2))
     ],
 ]
