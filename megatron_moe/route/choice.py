@@ -45,6 +45,10 @@ class Choice(RouterPart):
 
     # Whether a later token can change what an earlier one is given: useless for a language model.
     sees_future: ClassVar[bool] = False
+    # Whether evaluation decides about each token by itself.
+    decides_alone: ClassVar[bool] = True
+    # Whether ``Tokens.bias_TE`` is added to what is ranked.
+    ranks_with_bias: ClassVar[bool] = True
     # Choices that balance by themselves refuse balancing losses, which would do nothing.
     balanced: ClassVar[bool] = False
 
@@ -54,6 +58,11 @@ class Choice(RouterPart):
         self.groups = groups
         self.topk: int = config.moe_router_topk
         self.num_experts: int = config.num_moe_experts
+
+    @property
+    def mean_k(self) -> float:
+        """Choices that a token makes on average: what an even share of an expert is reckoned by."""
+        return self.topk
 
     @property
     def places(self) -> int:

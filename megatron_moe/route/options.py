@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from megatron_moe.route.balance import MEGATRON_LOSSES, balance_losses
-from megatron_moe.route.choice import choice_named, name_of_choice
+from megatron_moe.route.choice import Choice, choice_named, name_of_choice
 
 _CHOOSING = ("sinkhorn", "quantile_balancing")
 _log = logging.getLogger(__name__)
@@ -28,7 +28,12 @@ def routing_faults(config: Any, moe: Any) -> list[str]:
     except ValueError as fault:
         return [*faults, str(fault)]
     faults += choice.faults(config, moe)
-    if moe.probe_tokens and (choice.sees_future or choice.needs_token_ids):
+    if moe.hysteresis_margin and not choice.ranks_with_bias:
+        faults.append(
+            f"hysteresis_margin ({moe.hysteresis_margin:g}) would do nothing with router_choice "
+            f"{name}, which does not rank experts by scores: drop it"
+        )
+    if moe.probe_tokens and not choice.decides_alone:
         faults.append(
             f"probe_tokens ({moe.probe_tokens}) decides about tokens by themselves, which "
             f"router_choice {name} cannot: drop --moe-probe-tokens"
@@ -43,7 +48,8 @@ def routing_faults(config: Any, moe: Any) -> list[str]:
             f"router_choice {name} balances by itself, so a balancing loss would only pull at "
             "scores that choose nothing: drop --moe-aux-loss-coeff and --moe-balance-losses"
         )
-    if name == "topk" and config.moe_router_topk == 1 and _late_softmax(config):
+    inherits = choice.weigh is Choice.weigh
+    if inherits and config.moe_router_topk == 1 and _late_softmax(config):
         faults.append(
             "moe_router_topk 1 with a softmax after the choice weighs every token with 1, so that "
             "the router learns nothing from the model's loss: add --moe-router-pre-softmax"
@@ -175,6 +181,13 @@ def _stability_faults(c: Any, moe: Any) -> list[str]:
             faults.append(f"{option} ({getattr(moe, option)}) must not be negative")
     if moe.sinkhorn_iterations < 1:
         faults.append(f"sinkhorn_iterations ({moe.sinkhorn_iterations}) must be at least 1")
+    if moe.gate_pretrain_iters and not (
+        moe.gate_distill_coeff or c.moe_z_loss_coeff or _losses(c, moe)
+    ):
+        faults.append(
+            f"gate_pretrain_iters ({moe.gate_pretrain_iters}) leaves the router nothing to learn "
+            "from: give --moe-gate-distill-coeff, or a balancing loss"
+        )
     if moe.gate_pretrain_iters and c.pipeline_model_parallel_size > 1:
         faults.append(
             f"gate_pretrain_iters ({moe.gate_pretrain_iters}) holds all weights but the routers', "

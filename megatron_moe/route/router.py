@@ -59,7 +59,9 @@ class TopKRouter(Router):
         self.groups = ExpertGroups.from_collection(pg_collection)
         self.choice = choice_named(name_of_choice(config, moe))(config, moe, self.groups)
         self.schedule = Schedule(config, moe)
-        self.parts: list[RouterPart]
+        self.capacity = Capacity.from_options(config, moe)
+        limited, adaptive = self.capacity.factor is not None, isinstance(self.choice, Adaptive)
+        self.tally = Tally(self.num_experts, reports=limited or adaptive)
         self.balancing_bias: ExpertBias | None = None
         if config.moe_router_enable_expert_bias:
             self.balancing_bias = ExpertBias(config, moe)
@@ -67,10 +69,17 @@ class TopKRouter(Router):
         self.probe = probe_of(self.choice, config, moe, self._decide_anew)
         self.distillation = distillation_of(config, moe, self.schedule, self.groups)
         self.replay = replay_of(moe, self.schedule)
-        # Before the schedule, whose count it writes by.
-        self.parts = [self.choice, *([self.replay] if self.replay else []), self.schedule]
-        optional = (self.balancing_bias, self.hysteresis, self.probe, self.distillation)
-        self.parts += [part for part in optional if part is not None]
+        asked_for: tuple[RouterPart | None, ...] = (
+            self.choice,
+            self.replay,  # before the schedule, by whose count it writes
+            self.schedule,
+            self.tally,
+            self.balancing_bias,
+            self.hysteresis,
+            self.probe,
+            self.distillation,
+        )
+        self.parts = [part for part in asked_for if part is not None]
         self.router_replay = RouterReplay() if config.moe_enable_routing_replay else None
         self.needs_token_ids = any(part.needs_token_ids for part in self.parts)
         self.needs_contexts = any(part.needs_contexts for part in self.parts)
@@ -79,9 +88,7 @@ class TopKRouter(Router):
         self._contexts_BS: Tensor | None = None
         self._register_buffers()
         self.losses = RouterLosses(config, moe, self.groups)
-        self.capacity = Capacity.from_options(config, moe)
         self.memory = DecisionMemory()
-        self.tally = Tally(self.num_experts)
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> Routing:
         """Decide.
@@ -146,10 +153,15 @@ class TopKRouter(Router):
         self.memory.clear()
         # Megatron reports means over micro-batches, and these belong to all of them.
         micro_batches, self.tally.micro_batches = self.tally.micro_batches, 0
-        if (churn := self.churn) is not None:
-            record(self, CHURN, churn * micro_batches)
-        if self.hysteresis is not None and self.hysteresis.repeat_churn is not None:
-            record(self, CONTEXT_CHURN, self.hysteresis.repeat_churn * micro_batches)
+        figures = {
+            DROP_RATE: None if self.capacity.factor is None else self.tally.drop_rate,
+            MEAN_K: self.tally.mean_k if isinstance(self.choice, Adaptive) else None,
+            CHURN: self.churn,
+            CONTEXT_CHURN: None if self.hysteresis is None else self.hysteresis.repeat_churn,
+        }
+        for name, value in figures.items():
+            if value is not None:
+                record(self, name, value * micro_batches)
 
     @property
     def frozen_expert_bias(self) -> bool:
@@ -247,7 +259,7 @@ class TopKRouter(Router):
     @torch.no_grad()
     def _limit(self, probs_TK: Tensor, picked: Picked) -> Decision:
         kept_TK, rows = self.capacity.limit(
-            probs_TK, picked, self.num_experts, self.topk, self.groups, self.training
+            probs_TK, picked, self.num_experts, self.choice.mean_k, self.groups, self.training
         )
         return Decision(picked, kept_TK, rows)
 
@@ -270,10 +282,6 @@ class TopKRouter(Router):
             for part in self.parts:
                 part.observe(tokens, picked)
             self.tally.add(tokens, picked, decision.kept_TK)
-            if self.capacity.factor is not None:
-                record(self, DROP_RATE, self.tally.last_drop_rate())
-            if isinstance(self.choice, Adaptive):
-                record(self, MEAN_K, self.tally.last_mean_k())
         return probs_TK
 
     @property

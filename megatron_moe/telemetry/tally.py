@@ -6,19 +6,25 @@ import torch
 from torch import Tensor
 
 from megatron_moe.route.decision import Picked, count_choices
+from megatron_moe.route.part import RouterPart
 from megatron_moe.route.tokens import Tokens
 
 
-class Tally:
-    """Counts since the last reset, of this rank, all int64.
+class Tally(RouterPart):
+    """Counts since the last reset, of this rank, all int64; and two shares of each global batch.
 
     Args:
         num_experts: E.
+        reports: Whether the shares are wanted, which takes three numbers of the batch's sums.
     """
 
-    def __init__(self, num_experts: int) -> None:
+    def __init__(self, num_experts: int, reports: bool) -> None:
         self.num_experts = num_experts
+        self.reports = reports
         self.micro_batches = 0  # of the global batch that is going on
+        # Choices given up, choices and tokens of the global batch that is going on.
+        self._batch = torch.zeros(3, dtype=torch.int64)
+        self.drop_rate = self.mean_k = 0.0
         self.reset()
 
     def reset(self) -> None:
@@ -31,24 +37,29 @@ class Tally:
         """Count one micro-batch: choices before capacity, those given up, valid tokens."""
         counts_E = count_choices(picked.indices_TK, self.num_experts, picked.chosen_TK)
         device = counts_E.device
-        self.last_load_E, self.last_dropped_E = counts_E, torch.zeros_like(counts_E)
+        dropped_E = torch.zeros_like(counts_E)
         if kept_TK is not picked.chosen_TK:
-            kept_E = count_choices(picked.indices_TK, self.num_experts, kept_TK)
-            self.last_dropped_E = counts_E - kept_E
+            dropped_E = counts_E - count_choices(picked.indices_TK, self.num_experts, kept_TK)
         valid_T, num_tokens = tokens.valid_T, tokens.logits_TE.shape[0]
-        self.last_tokens = counts_E.new_tensor(num_tokens) if valid_T is None else valid_T.sum()
+        count = counts_E.new_tensor(num_tokens) if valid_T is None else valid_T.sum()
         self.load_E = self.load_E.to(device) + counts_E
-        self.dropped_E = self.dropped_E.to(device) + self.last_dropped_E
-        self.tokens = self.tokens.to(device) + self.last_tokens
+        self.dropped_E = self.dropped_E.to(device) + dropped_E
+        self.tokens = self.tokens.to(device) + count
+        if self.reports:
+            self._batch = self._batch.to(device)
+            self._batch += torch.stack([dropped_E.sum(), counts_E.sum(), count])
         self.micro_batches += 1
 
-    def last_drop_rate(self) -> Tensor:
-        """Share of the last micro-batch's choices that were given up."""
-        return self.last_dropped_E.sum() / self.last_load_E.sum().clamp(min=1)
+    def summary(self) -> Tensor | None:
+        """What this rank adds to the shares of the global batch."""
+        return self._batch.double() if self.reports else None
 
-    def last_mean_k(self) -> Tensor:
-        """Choices a token of the last micro-batch made."""
-        return self.last_load_E.sum() / self.last_tokens.clamp(min=1)
+    def end_batch(self, summed: Tensor | None) -> None:
+        """Work out the shares: of all ranks' counts, since a mean of shares depends on the cut."""
+        if summed is not None:
+            dropped, choices, tokens = summed.tolist()
+            self.drop_rate, self.mean_k = dropped / max(choices, 1), choices / max(tokens, 1)
+            self._batch = torch.zeros_like(self._batch)
 
     def vector(self) -> Tensor:
         """All counts in one, ``(2E + 1,)``."""

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megatron.core.transformer.moe.moe_logging import (
     MoEMetricsTracker,
     get_moe_metrics_tracker,
     set_moe_metrics_tracker,
 )
-from torch import Tensor
 
 from megatron_moe.route.balance import balance_losses
 from megatron_moe.route.choice import choice_named, name_of_choice
@@ -67,12 +67,12 @@ def names_of(config: Any, moe: Any) -> tuple[str, ...]:
     return (*dict.fromkeys(losses), *(name for name, wanted in ours.items() if wanted))
 
 
-def record(router: Any, name: str, value: Tensor | float) -> None:
-    """Book a figure of one micro-batch: the mean over ranks and micro-batches is reported."""
+def record(router: Any, name: str, value: float) -> None:
+    """Book a figure that all ranks share: the sum over a step divided by its micro-batches."""
     c = router.config
     get_moe_metrics_tracker().record(
         name,
-        router.weight.new_tensor(value) if isinstance(value, float) else value,
+        router.weight.new_tensor(value, dtype=torch.float32),
         router.layer_place,
         c.num_layers + (c.mtp_num_layers or 0),
         avg_group=router.groups.tp_dp_cp,

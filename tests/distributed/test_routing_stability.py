@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.layout import Layout
+from helpers.pool import RankError
 from helpers.runs import Job, Means
 from helpers.stability_run import Steps, is_router, train_steps
 from helpers.tolerances import assert_same
@@ -131,8 +132,23 @@ def test_the_cache_is_the_same_in_every_layout(pool, layout, world_size):
         assert_same(steps.logged[2], one.logged[2], "logged")
 
 
+def test_a_batch_that_nobody_ends_is_an_error_and_no_silence(pool):
+    with pytest.raises(RankError, match="was replaced after the model was built"):
+        pool.run(_replaced, world_size=1)
+
+
+def _replaced(world):
+    from helpers.training_run import Training
+    from megatron.core.distributed import finalize_model_grads
+
+    model = {"moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"}
+    training = Training(Job(model=model), Means())
+    training.config.finalize_model_grads_func = finalize_model_grads
+    training.forward_backward()
+
+
 def test_token_ids_are_asked_for_by_name(pool):
-    with pytest.raises(Exception, match="feed_token_ids"):
+    with pytest.raises(RankError, match="feed_token_ids"):
         pool.run(_without_ids, world_size=1)
 
 

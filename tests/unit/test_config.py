@@ -18,6 +18,7 @@ def transformer(**changes):
         "moe_aux_loss_coeff": 0.01,
         "moe_router_score_function": "softmax",
         "moe_router_pre_softmax": False,
+        "moe_router_topk_scaling_factor": None,
         "moe_router_enable_expert_bias": False,
         "moe_expert_capacity_factor": None,
         "moe_pad_expert_input_to_capacity": False,

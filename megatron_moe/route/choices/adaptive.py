@@ -1,8 +1,13 @@
 """As many experts as a token needs: between k_min and k_max, the mean held to a target.
 
-Both rules order a token's experts by score and give each place j a value v_tj that grows with j:
-the score mass before it (``top_p``), or how small its score is (``threshold``). Places with v below
-one number, the *cut*, are chosen; the first k_min always, those from k_max on never.
+Both rules order a token's experts by score and give each place j a value v_tj that grows with j::
+
+    top_p        v = log(A / R)      A score mass before the place, R the mass from it on
+    threshold    v = -log(score)
+
+Places with v below one number, the *cut*, are chosen; the first k_min always, those from k_max on
+never. Logarithms tell places apart as well where a router is nearly uniform as where it is so sharp
+that all mass but 1e-12 is on one expert.
 
 Two things hold the mean number of experts to the target. The budget loss bends the scores::
 
@@ -25,20 +30,22 @@ from torch import Tensor
 from megatron_moe.route.choice import Choice
 from megatron_moe.route.decision import Picked
 from megatron_moe.route.part import OwnLoss
-from megatron_moe.route.scores import balance_scores, ranked_by
+from megatron_moe.route.scores import balance_scores, log_score, ranked_by
 from megatron_moe.route.tokens import Tokens
 from megatron_moe.route.topk import best_experts
 
-_BINS = 8192
-_SOFTNESS = 0.05
-_LOWEST = 1e-7
+_BINS = 2**15  # each 0.2 % of a score
+_SOFTNESS = 0.5  # nats
+_NOTHING = -1e30  # the logarithm of no mass at all, finite so that its gradient is
 
 
 class Adaptive(Choice):
     """A cut through values of the sorted experts; subclasses say which values.
 
-    Cost: sums of 8192 bins a layer in the all-reduce after each global batch.
+    Cost: sums of 32,768 bins a layer in the all-reduce after each global batch.
     """
+
+    low, high = 0.0, 60.0  # values outside are as good as the nearest inside
 
     def __init__(self, config: Any, moe: Any, groups: Any) -> None:
         super().__init__(config, moe, groups)
@@ -78,8 +85,13 @@ class Adaptive(Choice):
         """As many as the most experts of a token."""
         return self.k_max
 
-    def values(self, scores_TK: Tensor) -> Tensor:
-        """The v of each place, ``(T, K)`` in [0, 1], growing along K; scores come best first."""
+    @property
+    def mean_k(self) -> float:
+        """The target; without one, the top-k."""
+        return self.target_k if self.target_k >= 0 else self.topk
+
+    def values(self, log_scores_TE: Tensor, indices_TK: Tensor) -> Tensor:
+        """The v of each place, ``(T, K)``, growing along K; experts come best first."""
         raise NotImplementedError
 
     def cut_of(self, option: float) -> float:
@@ -150,16 +162,18 @@ class Adaptive(Choice):
         """Put the cut where the batch would have met the target."""
         assert summed is not None
         if self.target_k >= 0 and summed[-1] > 0:
-            self.state["choice_cut"].fill_(cut_for(summed, self.target_k - self.k_min))
+            self.state["choice_cut"].fill_(self._cut_for(summed))
 
     def _values(self, logits_TE: Tensor, indices_TK: Tensor) -> Tensor:
-        scores_TE = balance_scores(logits_TE, self.config.moe_router_score_function)
-        return self.values(scores_TE.gather(1, indices_TK))
+        log_scores_TE = log_score(logits_TE, self.config.moe_router_score_function)
+        values_TK = self.values(log_scores_TE.log_softmax(1), indices_TK)
+        return values_TK.clamp(self.low, self.high)
 
     def _histogram(self, values_TK: Tensor, valid_T: Tensor | None) -> Tensor:
         """Counts of the values by bin, and of tokens, ``(bins + 1,)`` fp64."""
         values_TK = values_TK if valid_T is None else values_TK[valid_T]
-        bins = (values_TK[:, self.k_min :] * _BINS).long().clamp(0, _BINS - 1)
+        share_TK = (values_TK[:, self.k_min :] - self.low) / (self.high - self.low)
+        bins = (share_TK * _BINS).long().clamp(0, _BINS - 1)
         counts = torch.bincount(bins.flatten(), minlength=_BINS + 1).double()
         counts[-1] = values_TK.shape[0]
         return counts
@@ -172,24 +186,37 @@ class Adaptive(Choice):
             if bool(cut.isnan()) and self.groups.tp_dp_cp.size() > 1:
                 dist.all_reduce(counts, group=self.groups.tp_dp_cp)
             if bool(cut.isnan()) and counts[-1] > 0:
-                cut.fill_(cut_for(counts, self.target_k - self.k_min))
+                cut.fill_(self._cut_for(counts))
             self._cut_known = not bool(cut.isnan())
         return cut
 
+    def _cut_for(self, counts: Tensor) -> float:
+        """The cut that would have met the target in what was counted."""
+        share = share_below(counts, self.target_k - self.k_min)
+        return self.low + share * (self.high - self.low)
+
 
 class TopP(Adaptive):
-    """The fewest experts whose scores sum to p; the cut is p.
+    """The fewest experts whose scores sum to p.
 
     Source: Huang et al. arXiv:2403.07652.
     """
 
-    def values(self, scores_TK: Tensor) -> Tensor:
-        """The score mass before each place."""
-        return scores_TK.cumsum(dim=1) - scores_TK
+    low = -30.0
+    high = 30.0
+
+    def values(self, log_scores_TE: Tensor, indices_TK: Tensor) -> Tensor:
+        """Odds, in nats, of the score mass before each place against the mass from it on."""
+        best_TK = log_scores_TE.gather(1, indices_TK)
+        others_T1 = log_scores_TE.scatter(1, indices_TK, _NOTHING).logsumexp(1, keepdim=True)
+        onwards_TK = torch.cat([best_TK, others_T1], 1).flip(1).logcumsumexp(1).flip(1)[:, :-1]
+        first_T1 = torch.full_like(others_T1, _NOTHING)
+        before_TK = torch.cat([first_T1, best_TK.logcumsumexp(1)[:, :-1]], 1)
+        return before_TK - onwards_TK
 
     def cut_of(self, option: float) -> float:
         """``router_cut`` is p."""
-        return option
+        return math.log(option / (1.0 - option))
 
 
 class Threshold(Adaptive):
@@ -198,13 +225,13 @@ class Threshold(Adaptive):
     Source: threshold routing of AdaMoE, Zeng et al. arXiv:2406.13233, without null experts.
     """
 
-    def values(self, scores_TK: Tensor) -> Tensor:
-        """How far each score's logarithm is below 0, 1 at a score of 1e-7."""
-        return scores_TK.clamp(min=_LOWEST).log() / math.log(_LOWEST)
+    def values(self, log_scores_TE: Tensor, indices_TK: Tensor) -> Tensor:
+        """How far below 0 the logarithm of each score is."""
+        return -log_scores_TE.gather(1, indices_TK)
 
     def cut_of(self, option: float) -> float:
         """``router_cut`` is the score that an expert must exceed."""
-        return math.log(option) / math.log(_LOWEST)
+        return -math.log(option)
 
 
 def _no_counts(device: torch.device) -> Tensor:
@@ -217,17 +244,20 @@ def bounds(config: Any, moe: Any) -> tuple[int, int, float]:
     return moe.k_min, k_max, moe.target_k or float(config.moe_router_topk)
 
 
-def cut_for(counts: Tensor, places_a_token: float) -> float:
-    """The cut below which ``places_a_token`` · tokens of the counted values lie.
+def share_below(counts: Tensor, places_a_token: float) -> float:
+    """How far up the range of a histogram ``places_a_token`` · tokens of its values lie.
 
     Args:
-        counts: Histogram over [0, 1], and the number of tokens as its last element.
+        counts: Histogram, and the number of tokens as its last element.
         places_a_token: Wanted choices a token, without the k_min that are always made.
+
+    Returns:
+        From 0 to 1; above 1 where that many values do not exist.
     """
     wanted = places_a_token * float(counts[-1])
     sums = counts[:-1].cumsum(0)
     if wanted >= float(sums[-1]):
-        return 2.0  # above every value
+        return 1.1
     place = int(torch.searchsorted(sums, wanted, right=True))
     below = float(sums[place]) - float(counts[place])
     return (place + (wanted - below) / max(float(counts[place]), 1.0)) / _BINS

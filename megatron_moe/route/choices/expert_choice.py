@@ -32,6 +32,8 @@ class ExpertChoice(Choice):
 
     sees_future = True
     balanced = True
+    ranks_with_bias = False
+    decides_alone = False
 
     @classmethod
     def faults(cls, config: Any, moe: Any) -> list[str]:

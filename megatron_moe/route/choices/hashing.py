@@ -21,6 +21,8 @@ class Hash(Choice):
 
     needs_token_ids = True
     balanced = True
+    ranks_with_bias = False
+    decides_alone = False
 
     @classmethod
     def faults(cls, config: Any, moe: Any) -> list[str]:

@@ -28,25 +28,18 @@ class Quantile(Choice):
     """
 
     balanced = True
+    ranks_with_bias = False
 
     @classmethod
     def faults(cls, config: Any, moe: Any) -> list[str]:
-        """The threshold takes the place of groups and of the bias; one weight must not be 1."""
-        faults = []
+        """The threshold takes the place of groups and of the bias."""
         if config.moe_router_group_topk or config.moe_router_enable_expert_bias:
-            faults.append(
+            return [
                 "moe_router_load_balancing_type quantile_balancing takes the place of groups and "
                 "of the expert bias: drop --moe-router-group-topk and "
                 "--moe-router-enable-expert-bias"
-            )
-        late = config.moe_router_score_function == "softmax" and not config.moe_router_pre_softmax
-        if config.moe_router_topk == 1 and late:
-            faults.append(
-                "moe_router_topk 1 with a softmax after the choice weighs every token with 1, so "
-                "that the router learns nothing from the model's loss: add "
-                "--moe-router-pre-softmax"
-            )
-        return faults
+            ]
+        return []
 
     def __init__(self, config: Any, moe: Any, groups: ExpertGroups) -> None:
         super().__init__(config, moe, groups)

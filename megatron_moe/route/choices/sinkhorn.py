@@ -28,6 +28,7 @@ class Sinkhorn(Choice):
     # In training alone, and within the micro-batch: its offsets come from all tokens.
     sees_future = True
     balanced = True
+    ranks_with_bias = False
 
     @classmethod
     def faults(cls, config: Any, moe: Any) -> list[str]:

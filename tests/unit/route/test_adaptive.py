@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from megatron_moe.config import MoEConfig
 from megatron_moe.route.choice import choice_named
-from megatron_moe.route.choices.adaptive import cut_for
+from megatron_moe.route.choices.adaptive import share_below
 from megatron_moe.route.part import end_global_batch
 
 KINDS = pytest.mark.parametrize("name", ["top_p", "threshold"])
@@ -65,6 +65,17 @@ def test_the_first_batch_meets_the_target_already(name):
     choice = adaptive(name, target_k=2.5)
     picked = pick(choice, tokens_of(random_logits(400, 8).float()))
     assert mean_k(picked) == pytest.approx(2.5, rel=0.005)
+
+
+@KINDS
+@pytest.mark.parametrize("num_experts", [16, 256])
+@pytest.mark.parametrize("spread", [0.01, 0.3, 3.0, 10.0, 20.0])
+def test_the_target_is_met_by_any_router_from_flat_to_sharp(name, num_experts, spread):
+    choice = adaptive(name, num_experts, target_k=3.0, k_max=8)
+    logits = random_logits(2000, num_experts).float() * spread
+    pick(choice, tokens_of(logits))
+    end_global_batch([choice], choice.groups.tp_dp_cp)
+    assert mean_k(pick(choice, tokens_of(logits))) == pytest.approx(3.0, rel=0.02)
 
 
 @KINDS
@@ -177,22 +188,23 @@ def _soft_count(choice, logits, valid):
         places = sorted(row, reverse=True)[: choice.k_max]
         for j in range(choice.k_min if valid[t] else choice.k_max, choice.k_max):
             if type(choice).__name__ == "TopP":
-                value = sum(places[:j])
+                before = sum(places[:j])
+                value = math.log(before / (1 - before))
             else:
-                value = math.log(places[j]) / math.log(1e-7)
-            total += 1 / (1 + math.exp((value - cut) / 0.05))
+                value = -math.log(places[j])
+            total += 1 / (1 + math.exp((value - cut) / 0.5))
     return total
 
 
 def test_the_cut_is_the_quantile():
-    counts = torch.zeros(8193, dtype=torch.float64)
+    counts = torch.zeros(2**15 + 1, dtype=torch.float64)
     counts[1024] = counts[4096] = 10
     counts[-1] = 10
-    assert cut_for(counts, 1.0) * 8192 == 4096
-    assert cut_for(counts, 1.5) * 8192 == 4096.5
-    assert cut_for(counts, 0.25) * 8192 == 1024.25
-    assert cut_for(counts, 0.0) * 8192 == 1024
-    assert cut_for(counts, 2.0) == 2.0
+    assert share_below(counts, 1.0) * 2**15 == 4096
+    assert share_below(counts, 1.5) * 2**15 == 4096.5
+    assert share_below(counts, 0.25) * 2**15 == 1024.25
+    assert share_below(counts, 0.0) * 2**15 == 1024
+    assert share_below(counts, 2.0) > 1.0
 
 
 @pytest.mark.parametrize(
