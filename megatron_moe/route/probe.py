@@ -52,6 +52,7 @@ class Probe(RouterPart):
         self.decide = decide
         self.groups = groups
         self._seen: Tensor | None = None
+        self._settled: bool | None = None
 
     def buffers(self) -> dict[str, Tensor]:
         """The inputs, the ring, and how many decisions it has taken."""
@@ -64,11 +65,13 @@ class Probe(RouterPart):
 
     def observe(self, tokens: Tokens, picked: Picked) -> None:
         """Take the first tokens ever seen as the probe."""
-        if self._seen is None and int(self.state["probe_count"]) == 0:
+        if self._settled is None:  # asks the host once, after a checkpoint has been loaded
+            self._settled = int(self.state["probe_count"]) > 0
+        if self._seen is None and not self._settled:
             assert tokens.inputs_TD is not None
             valid_T = tokens.valid_T
             rows = tokens.inputs_TD if valid_T is None else tokens.inputs_TD[valid_T]
-            self._seen = rows[: self.shape[0]].detach().float()
+            self._seen = rows[: self.shape[0]].detach().float().clone()
 
     def end_batch(self, summed: Tensor | None) -> None:
         """Decide about the probe and enter it into the ring."""
@@ -104,8 +107,8 @@ class Probe(RouterPart):
             first = dist.get_global_rank(group, 0)
             dist.broadcast(found, src=first, group=group)
             dist.broadcast(inputs, src=first, group=group)
-        self._seen = None
-        return bool(found)
+        self._seen, self._settled = None, bool(found)
+        return self._settled
 
 
 def changed_share(now_MK: Tensor, before_MK: Tensor) -> float:

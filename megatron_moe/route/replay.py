@@ -98,14 +98,13 @@ class Replay(RouterPart):
                 f"{tokens.logits_TE.shape[0]}: routing_replay needs the layout, the batches and "
                 "the layers of the record"
             )
-        indices_TK = torch.from_numpy(packed.astype(np.int64)).to(tokens.logits_TE.device)
-        chosen_TK = indices_TK != _NOBODY
-        if bool(chosen_TK.all()):
-            return Picked(indices_TK)
-        return Picked(_filled(indices_TK, tokens.logits_TE.shape[1]), chosen_TK)
+        packed_TK = torch.from_numpy(packed.astype(np.int64)).to(tokens.logits_TE.device)
+        chosen_TK = packed_TK >= 0
+        indices_TK = torch.where(chosen_TK, packed_TK, -1 - packed_TK)
+        return Picked(indices_TK, None if bool(chosen_TK.all()) else chosen_TK)
 
     def _compare(self, name: str, picked: Picked, stored: Picked) -> None:
-        now, before = _packed(picked), _packed(stored)
+        now, before = (np.maximum(_packed(p), _NOBODY) for p in (picked, stored))
         differs_T = (np.sort(now, axis=1) != np.sort(before, axis=1)).any(axis=1)
         if differs_T.any():
             token = int(differs_T.argmax())
@@ -117,19 +116,12 @@ class Replay(RouterPart):
 
 
 def _packed(picked: Picked) -> np.ndarray:
-    indices_TK = torch.where(picked.mask(), picked.indices_TK, _NOBODY)
+    """Choices as int16, ``(T, K)``; -1 - e where a place names expert e without choosing it.
+
+    Such places count: the weight of a choice may depend on an expert that is not dispatched to.
+    """
+    indices_TK = torch.where(picked.mask(), picked.indices_TK, -1 - picked.indices_TK)
     return indices_TK.to(torch.int16).cpu().numpy()
-
-
-def _filled(indices_TK: Tensor, num_experts: int) -> Tensor:
-    """Put distinct experts into the places without a choice, as a decision must have them."""
-    ranked_TE = torch.zeros(len(indices_TK), num_experts + 1, device=indices_TK.device)
-    chosen_TK = indices_TK != _NOBODY
-    slots_TK = torch.where(chosen_TK, indices_TK, num_experts)
-    ranked_TE.scatter_(1, slots_TK, 1.0)
-    spare_TE = ranked_TE[:, :num_experts].argsort(dim=1, stable=True)
-    place_TK = (~chosen_TK).cumsum(1) - 1
-    return torch.where(chosen_TK, indices_TK, spare_TE.gather(1, place_TK.clamp(min=0)))
 
 
 def _file(folder: Path, number: int) -> Path:

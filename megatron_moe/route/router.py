@@ -312,7 +312,7 @@ class TopKRouter(Router):
         super()._apply(fn, recurse)
         for name, moved in self._buffers.items():
             before = exact[name]
-            if moved is not None and before is not None:
+            if moved is not None and before is not None and not before.is_meta:
                 self._buffers[name] = before.to(moved.device)
         return self
 

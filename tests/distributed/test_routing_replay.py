@@ -42,6 +42,16 @@ def test_a_record_is_replayed_and_verified(pool, tmp_path, world_size, means):
     assert same(found, arrays(tmp_path / "again"))
 
 
+def test_what_is_drawn_is_drawn_again(pool, tmp_path):
+    """Noise, jitter, a random second expert, random drops: the same seed, the same decisions."""
+    drawn = {"router_choice": "gshard", "second_expert": "random", "drop_order": "random"}
+    model = {"moe_input_jitter_eps": 0.1, "moe_expert_capacity_factor": 1.0}
+    job, folder = Job(model=model), str(tmp_path / "first")
+    run(pool, 2, EP2, job, routing_record=folder, logit_noise_std=0.5, **drawn)
+    verify = {"routing_replay": folder, "routing_verify": True}
+    run(pool, 2, EP2, job, logit_noise_std=0.5, **drawn, **verify)
+
+
 def same(one, other) -> bool:
     return all(np.array_equal(one[f][k], other[f][k]) for f in one for k in one[f])
 
@@ -51,7 +61,7 @@ def test_a_record_of_adaptive_choices_keeps_places_without_one(pool, tmp_path):
     first, again = str(tmp_path / "first"), str(tmp_path / "again")
     run(pool, job=job, routing_record=first)
     found = arrays(tmp_path / "first")
-    assert any((a == -1).any() for file in found.values() for a in file.values())
+    assert any((a < 0).any() for file in found.values() for a in file.values())
     run(pool, job=job, routing_replay=first, routing_record=again, logit_noise_std=3.0)
     assert same(found, arrays(tmp_path / "again"))
 
