@@ -208,14 +208,15 @@ class TopKRouter(Router):
             valid_T=valid_T,
             num_sequences=logits_SBE.shape[1],
             training=training,
-            token_ids_T=self._mine(self._token_ids_BS, logits_SBE, self.needs_token_ids),
-            contexts_T=self._mine(self._contexts_BS, logits_SBE, self.needs_contexts),
+            # Logits given by themselves belong to no text.
+            token_ids_T=self._mine(self._token_ids_BS, input, self.needs_token_ids),
+            contexts_T=self._mine(self._contexts_BS, input, self.needs_contexts),
             inputs_TD=None if input is None else input.flatten(0, 1),
         )
 
-    def _mine(self, ids_BS: Tensor | None, logits_SBE: Tensor, needed: bool) -> Tensor | None:
+    def _mine(self, ids_BS: Tensor | None, input: Tensor | None, needed: bool) -> Tensor | None:
         """This rank's slice of the ids, in the order of the hidden states."""
-        if not needed:
+        if input is None or not needed:
             return None
         if ids_BS is None:
             raise ValueError(
@@ -224,7 +225,7 @@ class TopKRouter(Router):
                 "megatron_moe.mcore.token_ids.feed_token_ids(model) once"
             )
         ids_SB = ids_BS.t()
-        length = logits_SBE.shape[0]
+        length = input.shape[0]
         first = self.tp_group.rank() * length if self.config.sequence_parallel else 0
         return ids_SB[first : first + length].flatten()
 
