@@ -45,6 +45,8 @@ class Choice(RouterPart):
 
     # Whether a later token can change what an earlier one is given: useless for a language model.
     sees_future: ClassVar[bool] = False
+    # Megatron's options that have no effect with this choice, and are refused.
+    ignores: ClassVar[tuple[str, ...]] = ()
     # Whether evaluation decides about each token by itself.
     decides_alone: ClassVar[bool] = True
     # Whether ``Tokens.bias_TE`` is added to what is ranked.

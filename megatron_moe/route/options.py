@@ -28,6 +28,12 @@ def routing_faults(config: Any, moe: Any) -> list[str]:
     except ValueError as fault:
         return [*faults, str(fault)]
     faults += choice.faults(config, moe)
+    faults += [
+        f"{option} ({value}) has no effect with router_choice {name}: drop "
+        f"--{option.replace('_', '-')}"
+        for option in choice.ignores
+        if (value := getattr(config, option))
+    ]
     if moe.hysteresis_margin and not choice.ranks_with_bias:
         faults.append(
             f"hysteresis_margin ({moe.hysteresis_margin:g}) would do nothing with router_choice "

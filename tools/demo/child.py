@@ -69,7 +69,7 @@ def _started(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
     try:
-        with _termination_as_interrupt():
+        with termination_as_interrupt():
             yield child
     finally:
         _end(child)
@@ -87,8 +87,8 @@ def _end(child: subprocess.Popen[str]) -> None:
 
 
 @contextmanager
-def _termination_as_interrupt() -> Iterator[None]:
-    """Let `kill` end the demo as Ctrl-C does: through the clean-up."""
+def termination_as_interrupt() -> Iterator[None]:
+    """Let `kill` end a command as Ctrl-C does: through the clean-up."""
 
     def interrupt(signum: int, frame: object) -> None:
         raise KeyboardInterrupt

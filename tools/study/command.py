@@ -6,11 +6,9 @@ import importlib.util
 import os
 import platform
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +18,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megatron_moe.tools.demo.child import termination_as_interrupt
 from megatron_moe.tools.study.plan import FULL, QUICK, Plan
 from megatron_moe.tools.study.variants import VARIANTS, with_controls
 
@@ -75,7 +74,7 @@ def command(
         )
     started = time.monotonic()
     try:
-        with _termination_as_interrupt():
+        with termination_as_interrupt():
             runs = _make_runs(plan, folder, workers, resume, console)
     except KeyboardInterrupt:
         console.print(f"\nstopped; finished runs are in {folder / 'runs'}, for --resume")
@@ -195,17 +194,3 @@ def _made_with() -> dict[str, Any]:
     packages = {name: version(name) for name in ("megatron-moe", "megatron-core", "torch")}
     machine = {"machine": platform.machine(), "cores": os.cpu_count()}
     return packages | machine | {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
-
-
-@contextmanager
-def _termination_as_interrupt() -> Iterator[None]:
-    """Let `kill` end the study as Ctrl-C does: through the clean-up that stops the workers."""
-
-    def interrupt(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -45,6 +45,7 @@ class Adaptive(Choice):
     Cost: sums of 32,768 bins a layer in the all-reduce after each global batch.
     """
 
+    ignores = ("moe_router_group_topk",)
     low, high = 0.0, 60.0  # values outside are as good as the nearest inside
 
     def __init__(self, config: Any, moe: Any, groups: Any) -> None:
@@ -74,10 +75,6 @@ class Adaptive(Choice):
                 else "; 0 finds it in the first batch"
             )
             faults.append(f"router_cut ({moe.router_cut}) must lie between 0 and 1{why}")
-        if config.moe_router_group_topk:
-            faults.append(
-                "router_choice top_p and threshold know no groups: drop --moe-router-group-topk"
-            )
         return faults
 
     @property

@@ -33,11 +33,12 @@ class ExpertChoice(Choice):
     sees_future = True
     balanced = True
     ranks_with_bias = False
+    ignores = ("moe_router_group_topk", "moe_router_enable_expert_bias")
     decides_alone = False
 
     @classmethod
     def faults(cls, config: Any, moe: Any) -> list[str]:
-        """Expert choice has its own capacity, ranks by plain scores, and reads the future."""
+        """Expert choice has its own capacity, and reads the future."""
         faults = []
         if not moe.allow_future_tokens:
             faults.append(
@@ -49,11 +50,6 @@ class ExpertChoice(Choice):
             faults.append(
                 f"moe_expert_capacity_factor ({config.moe_expert_capacity_factor}) has no meaning "
                 "with router_choice expert_choice, where each expert takes its share: drop it"
-            )
-        if config.moe_router_enable_expert_bias or config.moe_router_group_topk:
-            faults.append(
-                "router_choice expert_choice has neither an expert bias nor groups: drop "
-                "--moe-router-enable-expert-bias and --moe-router-group-topk"
             )
         return faults
 

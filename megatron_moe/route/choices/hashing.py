@@ -23,27 +23,21 @@ class Hash(Choice):
     balanced = True
     ranks_with_bias = False
     decides_alone = False
+    ignores = (
+        "moe_router_group_topk",
+        "moe_router_enable_expert_bias",
+        "moe_router_topk_scaling_factor",
+    )
 
     @classmethod
     def faults(cls, config: Any, moe: Any) -> list[str]:
-        """Only the first pipeline stage knows the token ids; nothing steers a hash."""
-        refused = {
-            "moe_router_group_topk": config.moe_router_group_topk,
-            "moe_router_enable_expert_bias": config.moe_router_enable_expert_bias,
-            "moe_router_topk_scaling_factor": config.moe_router_topk_scaling_factor,
-        }
-        faults = [
-            f"{option} ({value}) has no effect with router_choice hash: drop "
-            f"--{option.replace('_', '-')}"
-            for option, value in refused.items()
-            if value
-        ]
+        """Only the first pipeline stage knows the token ids."""
         if config.pipeline_model_parallel_size > 1:
-            faults.append(
+            return [
                 "router_choice hash needs the token ids, which only the first pipeline stage has: "
                 f"pipeline_model_parallel_size ({config.pipeline_model_parallel_size}) must be 1"
-            )
-        return faults
+            ]
+        return []
 
     def pick(self, tokens: Tokens) -> Picked:
         """The K experts whose hash with the token is highest: distinct, and uniform over tokens."""

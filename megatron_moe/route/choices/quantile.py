@@ -29,17 +29,7 @@ class Quantile(Choice):
 
     balanced = True
     ranks_with_bias = False
-
-    @classmethod
-    def faults(cls, config: Any, moe: Any) -> list[str]:
-        """The threshold takes the place of groups and of the bias."""
-        if config.moe_router_group_topk or config.moe_router_enable_expert_bias:
-            return [
-                "moe_router_load_balancing_type quantile_balancing takes the place of groups and "
-                "of the expert bias: drop --moe-router-group-topk and "
-                "--moe-router-enable-expert-bias"
-            ]
-        return []
+    ignores = ("moe_router_group_topk", "moe_router_enable_expert_bias")
 
     def __init__(self, config: Any, moe: Any, groups: ExpertGroups) -> None:
         super().__init__(config, moe, groups)

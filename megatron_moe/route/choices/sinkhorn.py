@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from torch import Tensor
 
@@ -29,21 +28,11 @@ class Sinkhorn(Choice):
     sees_future = True
     balanced = True
     ranks_with_bias = False
-
-    @classmethod
-    def faults(cls, config: Any, moe: Any) -> list[str]:
-        """The offsets take the place of groups and of the bias; weights are as Megatron's."""
-        refused = {
-            "moe_router_group_topk": config.moe_router_group_topk,
-            "moe_router_enable_expert_bias": config.moe_router_enable_expert_bias,
-            "moe_router_topk_scaling_factor": config.moe_router_topk_scaling_factor,
-        }
-        return [
-            f"{option} ({value}) has no effect on the sinkhorn choice: drop "
-            f"--{option.replace('_', '-')}"
-            for option, value in refused.items()
-            if value
-        ]
+    ignores = (
+        "moe_router_group_topk",
+        "moe_router_enable_expert_bias",
+        "moe_router_topk_scaling_factor",
+    )
 
     def pick(self, tokens: Tokens) -> Picked:
         """Offset the logits, take the best."""

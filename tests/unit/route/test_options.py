@@ -37,7 +37,11 @@ WRONG = [
         FUTURE,
         r"moe_expert_capacity_factor \(1.0\) has no meaning with router_choice expert_choice",
     ),
-    (BIAS, FUTURE, r"expert_choice has neither an expert bias nor groups: drop"),
+    (
+        BIAS,
+        FUTURE,
+        r"enable_expert_bias \(True\) has no effect with router_choice expert_choice: drop",
+    ),
     (
         {"pipeline_model_parallel_size": 2},
         {"router_choice": "hash"},
@@ -47,17 +51,17 @@ WRONG = [
     (
         {"moe_router_load_balancing_type": "sinkhorn"} | BIAS,
         {},
-        r"moe_router_enable_expert_bias \(True\) has no effect on the sinkhorn choice: drop",
+        r"moe_router_enable_expert_bias \(True\) has no effect with router_choice sinkhorn: drop",
     ),
     (
         {"moe_router_load_balancing_type": "sinkhorn", "moe_router_topk_scaling_factor": 2.5},
         {},
-        r"moe_router_topk_scaling_factor \(2.5\) has no effect on the sinkhorn choice",
+        r"moe_router_topk_scaling_factor \(2.5\) has no effect with router_choice sinkhorn",
     ),
     (
         {"moe_router_num_groups": 2} | GROUPS,
         {"router_choice": "top_p"},
-        r"top_p and threshold know no groups: drop --moe-router-group-topk",
+        r"moe_router_group_topk \(\d\) has no effect with router_choice \w+: drop --moe",
     ),
     (AUX, FUTURE, r"router_choice expert_choice balances by itself, so a balancing loss would"),
     (
@@ -68,7 +72,7 @@ WRONG = [
     (
         {"moe_router_load_balancing_type": "quantile_balancing"} | BIAS,
         {},
-        r"takes the place of groups and of the expert bias",
+        r"has no effect with router_choice quantile: drop --moe-router",
     ),
     (
         {"moe_router_load_balancing_type": "quantile_balancing"},

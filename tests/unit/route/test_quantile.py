@@ -3,14 +3,13 @@
 import pytest
 import torch
 from helpers import reference_choices as reference
-from helpers.choosing import build, options, pick, random_logits, tokens_of
+from helpers.choosing import build, pick, random_logits, tokens_of
 from helpers.strategies import SEEDS
 from helpers.tolerances import assert_same
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_moe.config import MoEConfig
-from megatron_moe.route.choices.quantile import Quantile, thresholds
+from megatron_moe.route.choices.quantile import thresholds
 from megatron_moe.route.part import end_global_batch
 
 
@@ -83,11 +82,3 @@ def test_loads_become_even():
     uneven = [float(load.std() / load.mean()) for load in loads]
     assert uneven[0] > 0.9
     assert max(uneven[6:]) < 0.15
-
-
-@pytest.mark.parametrize(
-    "fields", [{"moe_router_enable_expert_bias": True}, {"moe_router_group_topk": 1}]
-)
-def test_bias_and_groups_are_refused(fields):
-    (fault,) = Quantile.faults(options(**fields), MoEConfig())
-    assert "quantile_balancing takes the place of groups and of the expert bias: drop" in fault
