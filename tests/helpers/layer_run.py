@@ -48,7 +48,10 @@ def run_layer_rank(job: LayerJob, layout: Layout) -> LayerRecord:
         grads=pieces_of([layer], places, _grad_of, gated=gated),
         logged=logged_losses(config, num_micro_batches=1, moe=job.moe),
         routing_map=seen[0].view(*hidden.shape[:2], config.num_moe_experts),
-        state={name: value.clone() for name, value in layer.router.named_buffers()},
+        # Upstream's counts are a rank's own until its optimizer step.
+        state={name: value.clone() for name, value in layer.router.named_buffers()}
+        if job.impl == "plugin"
+        else {},
     )
 
 

@@ -125,6 +125,6 @@ def refused(world: Any, changes: dict) -> None:
 
 
 def test_an_option_that_is_not_honoured_is_refused_by_name(pool):
-    changes = {"moe_router_load_balancing_type": "sinkhorn", "moe_aux_loss_coeff": 0.0}
-    with pytest.raises(AssertionError, match=r"\['sinkhorn'\] is not honoured by the plugin"):
+    changes = {"moe_router_force_biased": 0.5}
+    with pytest.raises(AssertionError, match=r"force_biased = 0.5 is not honoured by the plugin"):
         pool.run(refused, changes, world_size=1)

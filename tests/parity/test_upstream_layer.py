@@ -84,7 +84,8 @@ def assert_equal_layers(pool, model, world_size, layout, **ours: Any) -> None:
         pairs = (dict(enumerate(getattr(result, name))) for result in (found, expected))
         assert_same(*pairs, name)
     assert_same(found.grads, expected.grads, "gradient")
-    assert_same(found.logged, expected.logged, "logged")
+    # Ours logs more than losses: the share of dropped choices.
+    assert_same({n: found.logged[n] for n in expected.logged}, expected.logged, "logged")
 
 
 @pytest.mark.parametrize(("world_size", "layout"), PLACES, ids=lambda v: str(v))
