@@ -53,7 +53,8 @@ class Hold:
             register_optimizer_step_pre_hook(self._before)
             register_optimizer_step_post_hook(self._after)
             self._hooked = True
-        self._learning = {id(p) for router in routers for p in router.parameters()}
+        learning = routers if self._gate_only else []
+        self._learning = {id(p) for router in learning for p in router.parameters()}
 
     def zero_gradients(self, model: Any) -> None:
         """Take the gradients of what is held, once they are final.

@@ -11,8 +11,6 @@ from megatron_moe.route.decision import Picked, count_choices
 from megatron_moe.route.part import RouterPart
 from megatron_moe.route.tokens import Tokens
 
-UPDATES = ("sign", "centred")
-
 
 class ExpertBias(RouterPart):
     """After each global batch the bias of an expert goes up by a step if it had too little.

@@ -107,17 +107,12 @@ class TopKRouter(Router):
         first_pass = self.training and not counted and self.config.recompute_granularity == "full"
         valid_T = None if padding_mask is None else ~padding_mask.flatten()
         tokens = self._tokens(logits_SBE, valid_T, training=counted or first_pass, input=input)
-        decision = self.memory.take(tokens.logits_TE) if counted else None
-        picked = decision.picked if decision else self._pick(tokens)
-        probs_TK = self.choice.weigh(tokens.logits_TE, picked)
-        decision = decision or self._limit(probs_TK, picked)
+        decision, probs_TK = self._decide(tokens, recall=counted)
         if first_pass:
             self.memory.keep(tokens.logits_TE, decision)
         if counted:
             probs_TK = self._learn(tokens, decision, probs_TK)
-        return Routing(
-            picked.indices_TK, probs_TK, self.num_experts, decision.kept_TK, decision.capacity
-        )
+        return self._routing(decision, probs_TK)
 
     def set_layer_number(self, layer_number: int) -> None:
         """Megatron says which layer this is, 1-based."""
@@ -138,10 +133,7 @@ class TopKRouter(Router):
         valid_T = None if padding_mask is None else ~padding_mask.flatten()
         logits_SBE = logits if logits.dim() == 3 else logits.unsqueeze(1)
         tokens = self._tokens(logits_SBE, valid_T, training=False)
-        picked = self._pick(tokens)
-        probs_TK = self.choice.weigh(tokens.logits_TE, picked)
-        limit = self._limit(probs_TK, picked)
-        return Routing(picked.indices_TK, probs_TK, self.num_experts, limit.kept_TK, limit.capacity)
+        return self._routing(*self._decide(tokens, recall=False))
 
     def reset_global_aux_loss_tracker(self) -> None:
         """Forget the counts of the global batch; Megatron calls this after each one."""
@@ -228,6 +220,17 @@ class TopKRouter(Router):
         length = input.shape[0]
         first = self.tp_group.rank() * length if self.config.sequence_parallel else 0
         return ids_SB[first : first + length].flatten()
+
+    def _decide(self, tokens: Tokens, *, recall: bool) -> tuple[Decision, Tensor]:
+        """The decision and its weights ``(T, K)``; one that a first pass left, if ``recall``."""
+        decision = self.memory.take(tokens.logits_TE) if recall else None
+        picked = decision.picked if decision else self._pick(tokens)
+        probs_TK = self.choice.weigh(tokens.logits_TE, picked)
+        return decision or self._limit(probs_TK, picked), probs_TK
+
+    def _routing(self, decision: Decision, probs_TK: Tensor) -> Routing:
+        indices_TK = decision.picked.indices_TK
+        return Routing(indices_TK, probs_TK, self.num_experts, decision.kept_TK, decision.capacity)
 
     def _decide_anew(self, inputs_MD: Tensor) -> Picked:
         """Choose for inputs by themselves, as in evaluation."""
