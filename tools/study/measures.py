@@ -2,23 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from megatron_moe.telemetry.metrics import load_cv, load_entropy
-
-
-def chosen_map(indices_TK: Tensor, kept_TK: Tensor | None, num_experts: int) -> Tensor:
-    """Which experts each token goes to, ``(T, E)`` bool.
-
-    Args:
-        indices_TK: Expert of each place, ``(T, K)``.
-        kept_TK: False where a place holds no choice, ``(T, K)``; None when all do.
-        num_experts: E.
-    """
-    kept_TK = torch.ones_like(indices_TK, dtype=torch.bool) if kept_TK is None else kept_TK
-    counts_TE = torch.zeros(indices_TK.shape[0], num_experts, dtype=torch.int64)
-    return counts_TE.scatter_add(1, indices_TK, kept_TK.long()) > 0
 
 
 def churn(before_TE: Tensor, now_TE: Tensor) -> float:

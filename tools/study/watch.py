@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_moe.route.hysteresis import hash_contexts
-from megatron_moe.tools.study.measures import chosen_map, churn
+from megatron_moe.tools.study.measures import churn
 
 CONTEXT_TOKENS = 4
 _SLOTS = 2**16
@@ -71,7 +71,7 @@ class RouterWatch:
         self._probed: list[Tensor] | None = None
         model.register_forward_pre_hook(self._note)
         for place, router in enumerate(routers):
-            router.register_forward_hook(self._decided(place, num_experts))
+            router.register_forward_hook(self._decided(place))
 
     def probe_churn(self) -> float | None:
         """Share of choices that differ from the last call's, on the tokens evaluated in between.
@@ -93,9 +93,9 @@ class RouterWatch:
         # Routers see tokens in sequence-major order.
         self._contexts_T = hash_contexts(args[0], CONTEXT_TOKENS).t().flatten()
 
-    def _decided(self, place: int, num_experts: int) -> Callable[..., None]:
+    def _decided(self, place: int) -> Callable[..., None]:
         def hook(router: Any, _inputs: Any, routing: Any) -> None:
-            now_TE = chosen_map(routing.indices_TK, routing.kept_TK, num_experts)
+            now_TE = routing.dense()[1]
             if router.training:
                 self._contexts[place].add(self._contexts_T, now_TE)
             else:
