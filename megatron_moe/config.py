@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 LAYER_IMPLS = ("plugin", "megatron")
-EXPERT_GEMMS = ("auto", "grouped_mm", "loop")
+EXPERT_GEMMS = ("auto", "grouped_mm", "loop", "batched")
+FP8_RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
 
 
 def _one_of(*choices: str) -> Any:
@@ -23,7 +24,23 @@ class MoEConfig:
     Args:
         layer_impl: Whose MoE layer is built: ``plugin`` (ours) or ``megatron`` (for comparison).
         expert_gemm: How grouped experts multiply without Transformer Engine: ``grouped_mm``
-            (torch's grouped GEMM), ``loop`` (one GEMM an expert, any dtype), or ``auto``.
+            (torch's grouped GEMM), ``loop`` (one GEMM an expert, any dtype), ``batched`` (all
+            padded to the fullest), or ``auto``, by what was measured.
+        fp8_emulate: Compute the experts as this FP8 recipe of Transformer Engine would, with its
+            rounding and scales, on any device: tensorwise, delayed, blockwise, mxfp8.
+        fp8_emulate_format: ``e4m3``, or ``hybrid`` with gradients in e5m2; ``recipe`` takes what
+            the recipe has.
+        recompute_experts: Compute the experts again in backward from the dispatched rows, instead
+            of keeping what is between their layers.
+        expert_offload: Where experts' weights lie: on the device (none), or in a ``file``.
+        offload_dir: Folder of those files, on a fast disk.
+        offload_cache: Experts of each rank that are kept on the device at a time.
+        offload_optimizer: Put the experts' gradients and optimizer state into files too.
+        sparse_experts: Train experts with ``2:4`` sparse weights: two of any four inputs.
+        sparse_start_iter: Iteration from which on they are sparse.
+        sparse_freeze_iter: Iteration from which on their masks stay as they are; -1 is never.
+        sparse_decay: Decay of the weights that are masked out (SR-STE).
+        allow_tf32: Multiply fp32 matrices in TF32 on GPUs that have it.
         router_choice: How tokens get their experts: topk, switch, gshard, expert_choice, hash,
             top_p, threshold, or your own as package.module:Class.
         second_expert: With router_choice gshard, whether the second expert is ``always``
@@ -69,6 +86,18 @@ class MoEConfig:
 
     layer_impl: str = _one_of(*LAYER_IMPLS)
     expert_gemm: str = _one_of(*EXPERT_GEMMS)
+    fp8_emulate: str = _one_of("none", *FP8_RECIPES)
+    fp8_emulate_format: str = _one_of("recipe", "e4m3", "hybrid")
+    recompute_experts: bool = False
+    expert_offload: str = _one_of("none", "file")
+    offload_dir: str = ""
+    offload_cache: int = 4
+    offload_optimizer: bool = False
+    sparse_experts: str = _one_of("none", "2:4")
+    sparse_start_iter: int = 0
+    sparse_freeze_iter: int = -1
+    sparse_decay: float = 2e-4
+    allow_tf32: bool = False
     router_choice: str = "topk"
     second_expert: str = _one_of("always", "random")
     sinkhorn_iterations: int = 20

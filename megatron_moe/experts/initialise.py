@@ -8,7 +8,8 @@ expert's *global* index, whatever EP and ETP are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,27 @@ from torch import Tensor
 def draw_seed() -> int:
     """One number from the default CPU generator, which TP, EP and DP ranks share."""
     return int(torch.randint(2**62, ()).item())
+
+
+def initialise_experts(
+    weights: Iterable[tuple[Tensor, Tensor]], config: Any, ep: Any, etp: Any, seed: int
+) -> None:
+    """Fill the two weights of each local expert.
+
+    Args:
+        weights: First and second linear layer's, expert after expert; this rank's slices.
+        config: Megatron's; gives the distributions and says whether experts are gated.
+        ep: Process group of expert parallelism.
+        etp: Of expert tensor parallelism.
+        seed: Of the layer.
+    """
+    weights = list(weights)
+    shard = {"shard_rank": etp.rank(), "num_shards": etp.size()}
+    for i, (fc1, fc2) in enumerate(weights, start=ep.rank() * len(weights)):
+        halves = fc1.chunk(2) if config.gated_linear_unit else (fc1,)
+        initialise_expert(halves, config.init_method, seed + 2 * i, shard_dim=0, **shard)
+        output = config.output_layer_init_method
+        initialise_expert((fc2,), output, seed + 2 * i + 1, shard_dim=1, **shard)
 
 
 def initialise_expert(

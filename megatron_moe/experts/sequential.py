@@ -8,7 +8,7 @@ import torch
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_moe.experts.initialise import draw_seed, initialise_expert
+from megatron_moe.experts.initialise import draw_seed, initialise_experts
 from megatron_moe.experts.keys import accept_grouped_keys
 
 
@@ -31,7 +31,10 @@ class SequentialExperts(SequentialMLP):
         with torch.random.fork_rng(devices=[], enabled=config.use_cpu_initialization):
             super().__init__(num_local_experts, config, submodules, pg_collection, name)
         if config.use_cpu_initialization and config.perform_initialization:
-            self._initialise(seed)
+            weights = [
+                (e.linear_fc1.weight.data, e.linear_fc2.weight.data) for e in self.local_experts
+            ]
+            initialise_experts(weights, config, self.ep_group, self.tp_group, seed)
         for expert in self.local_experts:
             # The dispatcher communicates, not the linear layer. Megatron knows this only for
             # EP or ETP > 1; with one rank its no-op reduction returns a view to which the MLP
@@ -42,14 +45,3 @@ class SequentialExperts(SequentialMLP):
                 # on the expert's owner, would be summed over TP, with other experts' mixed in.
                 expert.linear_fc2.bias.sequence_parallel = False
         self.register_load_state_dict_pre_hook(accept_grouped_keys)
-
-    def _initialise(self, seed: int) -> None:
-        c = self.config
-        first = self.ep_group.rank() * self.num_local_experts
-        shard = {"shard_rank": self.tp_group.rank(), "num_shards": self.tp_group.size()}
-        for i, expert in enumerate(self.local_experts):
-            fc1, fc2 = expert.linear_fc1.weight.data, expert.linear_fc2.weight.data
-            halves = fc1.chunk(2) if c.gated_linear_unit else (fc1,)
-            at = seed + 2 * (first + i)
-            initialise_expert(halves, c.init_method, at, shard_dim=0, **shard)
-            initialise_expert((fc2,), c.output_layer_init_method, at + 1, shard_dim=1, **shard)

@@ -12,6 +12,7 @@ FORMS = [
     ("grouped_mm", torch.float32),
     ("grouped_mm", torch.bfloat16),
 ]
+W = torch.empty(1, 16, 8)
 ROWS = [[3, 0, 5], [0, 0, 0], [8], [0, 7], [1, 1, 1, 1]]
 
 
@@ -66,8 +67,8 @@ def test_gradcheck():
 
 def test_auto_falls_back_where_grouped_mm_does_not_run():
     cpu = torch.device("cpu")
-    assert choose_form("auto", cpu, torch.float32) == "grouped_mm"
-    assert choose_form("auto", cpu, torch.int32) == "loop"
-    assert choose_form("loop", cpu, torch.float32) == "loop"
+    assert choose_form("auto", cpu, torch.float32, W, [8]) == "grouped_mm"
+    assert choose_form("auto", cpu, torch.int32, W, [8]) == "loop"
+    assert choose_form("loop", cpu, torch.float32, W, [8]) == "loop"
     with pytest.raises(ValueError, match=r"moe_expert_gemm \(grouped_mm\) does not run on cpu"):
-        choose_form("grouped_mm", cpu, torch.int32)
+        choose_form("grouped_mm", cpu, torch.int32, W, [8])
