@@ -163,17 +163,10 @@ REFUSALS = (
     _Refusal("cuda_graph_impl", lambda v: v not in (None, "none"), "use --cuda-graph-impl none"),
     _Refusal("transformer_impl", lambda v: v == "inference_optimized", _USE_UPSTREAM),
     _Refusal("gtp_weight_remat_size", lambda v: (v or 1) > 1, _USE_UPSTREAM),
-    _Refusal("fp8", _is_set, _USE_UPSTREAM),
-    _Refusal("fp4", _is_set, _USE_UPSTREAM),
     _Refusal(
         "moe_token_dispatcher_type",
         lambda v: v not in ("alltoall", "allgather"),
         "use --moe-token-dispatcher-type alltoall or allgather",
-    ),
-    _Refusal(
-        "recompute_modules",
-        lambda v: "moe_act" in (v or ()),
-        "use --recompute-modules moe, which recomputes the whole layer",
     ),
     _Refusal(
         "offload_modules",
@@ -194,14 +187,17 @@ def check(transformer: Any, moe: MoEConfig | None = None) -> None:
         MoEConfigError: One line for each fault, naming option, value, rule and the way out.
     """
     # Here, so that reading the options imports no torch.
+    from megatron_moe.experts.options import expert_faults
     from megatron_moe.route.options import routing_faults
 
+    moe = moe or MoEConfig()
     faults = [
         f"{r.option} = {value!r} is not honoured by the plugin's MoE layer: {r.way_out}"
         for r in REFUSALS
         if r.refused(value := getattr(transformer, r.option, None))
     ]
-    faults += routing_faults(transformer, moe or MoEConfig()) + _layout_faults(transformer)
+    faults += routing_faults(transformer, moe) + expert_faults(transformer, moe)
+    faults += _layout_faults(transformer)
     if faults:
         raise MoEConfigError("\n".join(faults))
 

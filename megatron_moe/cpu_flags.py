@@ -52,7 +52,10 @@ CPU_FLAGS: tuple[CpuFlag, ...] = (
     CpuFlag("--no-rope-fusion", "apply_rope_fusion", False),
 )
 
-_LOW_PRECISION = "the low-precision matmuls exist on GPUs only; use --bf16"
+_LOW_PRECISION = (
+    "the low-precision matmuls exist on GPUs only; use --bf16, with --moe-fp8-emulate for what FP8 "
+    "does to the loss"
+)
 _GRAPHS = "there are no CUDA graphs on a CPU"
 _NCCL = "it belongs to NCCL"
 _ENGINE = "it needs Transformer Engine's kernels"

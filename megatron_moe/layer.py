@@ -6,7 +6,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from megatron.core import tensor_parallel
 from megatron.core.transformer.moe.moe_layer import MoELayer as MegatronMoELayer
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
@@ -17,6 +16,7 @@ from megatron_moe import config as options
 from megatron_moe.dispatch.dispatcher import DISPATCHERS, Dispatcher
 from megatron_moe.experts.weights import first_weights
 from megatron_moe.mcore import finish
+from megatron_moe.mcore.recompute import recomputed
 from megatron_moe.parallel.groups import ExpertGroups
 from megatron_moe.route.decision import Routing
 from megatron_moe.route.options import warn_if_unbalanced
@@ -49,6 +49,7 @@ class MoELayer(MegatronMoELayer):
         groups.bring_up()
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
         self.groups = groups
+        self.recompute_experts = moe.recompute_experts
         self.token_dispatcher: Dispatcher = DISPATCHERS[config.moe_token_dispatcher_type](
             config.num_moe_experts, groups
         )
@@ -80,7 +81,8 @@ class MoELayer(MegatronMoELayer):
         if self.moe_layer_recompute and self.training:
             # The decision stands outside: what is computed again cannot decide anew.
             compute = partial(self._compute, routing)
-            output = tensor_parallel.checkpoint(compute, False, hidden_states, routing.probs_TK)
+            inputs = hidden_states, routing.probs_TK
+            output = recomputed(self.config, self.tp_group, compute, *inputs)
         else:
             output = self._compute(routing, hidden_states, routing.probs_TK)
         return output, None
@@ -90,9 +92,17 @@ class MoELayer(MegatronMoELayer):
         routing = replace(routing, probs_TK=probs_TK)
         shared = self.shared_experts_compute(hidden_states)
         rows, probs, plan = self.token_dispatcher.dispatch(hidden_states.flatten(0, 1), routing)
-        results, _ = self.experts(rows, plan.tokens_per_expert, probs)
+        results = self._expert_results(rows, plan.tokens_per_expert, probs)
         output = self.token_dispatcher.combine(results, plan).view_as(hidden_states)
         return output if shared is None else output + shared
+
+    def _expert_results(self, rows: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> Tensor:
+        def compute(rows: Tensor, probs: Tensor) -> Tensor:
+            return self.experts(rows, tokens_per_expert, probs)[0]
+
+        if self.recompute_experts and self.training:
+            return recomputed(self.config, self.tp_group, compute, rows, probs)
+        return compute(rows, probs)
 
     def route(
         self, hidden_states: Tensor, padding_mask: Tensor | None = None

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_moe.config import REFUSALS, MoEConfigError, check
+from megatron_moe.config import REFUSALS, MoEConfig, MoEConfigError, check
 
 
 def transformer(**changes):
@@ -30,6 +30,10 @@ def transformer(**changes):
         "expert_model_parallel_size": 2,
         "tensor_model_parallel_size": 1,
         "sequence_parallel": False,
+        "moe_grouped_gemm": True,
+        "transformer_impl": "local",
+        "recompute_granularity": None,
+        "recompute_modules": None,
     }
     return SimpleNamespace(**base | changes)
 
@@ -54,12 +58,45 @@ def test_a_plain_model_passes():
             {"moe_router_group_topk": 2, "moe_router_num_groups": 4, "moe_router_topk": 3},
             r"moe_router_topk \(3\) must be a multiple of moe_router_group_topk \(2\)",
         ),
-        ({"recompute_modules": ["moe_act"]}, r"recompute_modules .* use --recompute-modules moe"),
+        ({"fp8": "hybrid"}, r"fp8 = 'hybrid' needs Transformer Engine's experts: .*--moe-fp8-emul"),
     ],
 )
 def test_faults(changes, message):
     with pytest.raises(MoEConfigError, match=message):
         check(transformer(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"moe_grouped_gemm": False}, {"fp8_emulate": "delayed"}, "add --moe-grouped-gemm"),
+        ({"transformer_impl": "transformer_engine"}, {"fp8_emulate": "mxfp8"}, "--fp8-format"),
+        (
+            {"transformer_impl": "transformer_engine", "fp8": "e4m3"},
+            {"fp8_emulate": "mxfp8"},
+            "beside fp8 or fp4: drop one",
+        ),
+        ({}, {"fp8_emulate": "mxfp8", "fp8_emulate_format": "hybrid"}, "does not exist for mxfp8"),
+        ({}, {"fp8_emulate_format": "e4m3"}, "does nothing: add --moe-fp8-emulate"),
+        (
+            {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]},
+            {"recompute_experts": True},
+            "'moe_act' in recompute_modules would compute parts of them three times",
+        ),
+        (
+            {"recompute_granularity": "full"},
+            {"recompute_experts": True},
+            "drop --moe-recompute-experts",
+        ),
+    ],
+)
+def test_faults_of_experts(changes, options, message):
+    with pytest.raises(MoEConfigError, match=message):
+        check(transformer(**changes), MoEConfig(**options))
+
+
+def test_fp8_is_left_to_transformer_engine():
+    check(transformer(fp8="hybrid", transformer_impl="transformer_engine"))
 
 
 def test_all_faults_are_listed_at_once():

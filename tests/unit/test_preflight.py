@@ -106,7 +106,7 @@ REFUSED = {
         "--fp8-format hybrid",
         1,
         "--fp8-format hybrid cannot work on --device cpu: the low-precision matmuls exist on GPUs "
-        "only; use --bf16",
+        "only; use --bf16, with --moe-fp8-emulate for what FP8 does to the loss",
     ),
     "graphs": (
         "--cuda-graph-impl=local",
