@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor
 
+from megatron_moe.config import MoEConfig
 from megatron_moe.experts.activation import weighted_activation
 from megatron_moe.experts.initialise import draw_seed, initialise_experts
 from megatron_moe.experts.keys import accept_sequential_keys
@@ -34,7 +35,7 @@ class GroupedExperts(MegatronModule):
         config: Megatron's; ``moe_ffn_hidden_size``, gating, activation, bias and ETP are read.
         pg_collection: Process groups.
         name: Unused; Megatron passes it.
-        gemm: ``auto`` or a form of the grouped GEMM.
+        moe: The plugin's options; the defaults when None.
     """
 
     def __init__(
@@ -44,8 +45,9 @@ class GroupedExperts(MegatronModule):
         *,
         pg_collection: Any = None,
         name: str | None = None,
-        gemm: str = "auto",
+        moe: MoEConfig | None = None,
     ) -> None:
+        moe = moe or MoEConfig()
         config = copy(config)
         config.ffn_hidden_size = config.moe_ffn_hidden_size or config.ffn_hidden_size
         super().__init__(config=config)
@@ -65,8 +67,7 @@ class GroupedExperts(MegatronModule):
             config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules
         )
         hidden, halves = config.hidden_size, 2 if config.gated_linear_unit else 1
-        e, linear = num_local_experts, {"config": config, "ordinary": ordinary, "gemm": gemm}
-        linear["bias"] = config.add_bias_linear
+        e, linear = num_local_experts, {"config": config, "moe": moe, "ordinary": ordinary}
         self.linear_fc1 = StackedLinear(e, (halves * ffn, hidden), shard_dim=0, **linear)
         self.linear_fc2 = StackedLinear(e, (hidden, ffn), shard_dim=1, **linear)
         if config.perform_initialization:

@@ -9,6 +9,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_moe.config import MoEConfig
 from megatron_moe.experts.grouped_gemm import Emulation, choose_form, grouped_linear
 
 
@@ -22,10 +23,9 @@ class StackedLinear(torch.nn.Module):
         num_local_experts: e.
         shape: ``(out, in)`` of one expert, this rank's slice.
         config: Megatron's.
-        bias: Whether there is one.
+        moe: The plugin's options.
         shard_dim: The dimension of one expert cut over ETP: 0 (columns) or 1 (rows).
         ordinary: Whether data-parallel ranks hold the same experts as they hold the rest.
-        gemm: ``auto`` or a form of the grouped GEMM.
     """
 
     def __init__(
@@ -34,10 +34,9 @@ class StackedLinear(torch.nn.Module):
         shape: tuple[int, int],
         config: TransformerConfig,
         *,
-        bias: bool,
+        moe: MoEConfig,
         shard_dim: int,
         ordinary: bool,
-        gemm: str = "auto",
     ) -> None:
         super().__init__()
         device = torch.device("cpu" if config.use_cpu_initialization else "cuda")
@@ -45,14 +44,14 @@ class StackedLinear(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.empty(num_local_experts, *shape, **kwargs))
         self.bias: torch.nn.Parameter | None = None
         stride = 2 if config.gated_linear_unit and shard_dim == 0 else 1
-        if bias:
+        if config.add_bias_linear:
             self.bias = torch.nn.Parameter(torch.zeros(num_local_experts, shape[0], **kwargs))
         for name, parameter in self.named_parameters():
             sharded = shard_dim == 0 or name == "weight"
             dim = 1 + shard_dim if sharded else -1
             set_tensor_model_parallel_attributes(parameter, sharded, dim, stride)
             parameter.allreduce = ordinary  # type: ignore[attr-defined]  # Megatron's mark
-        self.gemm = gemm
+        self.gemm = moe.expert_gemm
         self.emulation: Emulation | None = None
 
     def product(

@@ -95,7 +95,7 @@ def build_experts(
             config,
             pg_collection=pg_collection,
             name=name,
-            gemm=moe.expert_gemm,
+            moe=moe,
         )
     return SequentialExperts(num_local_experts, config, submodules, pg_collection, name)
 

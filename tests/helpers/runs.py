@@ -50,6 +50,7 @@ class Means:
         layout: Sizes of the parallel axes.
         impl: ``plugin`` or ``megatron``.
         model: Fields of ``TransformerConfig`` (dispatcher, recompute, ...).
+        moe: Fields of ``MoEConfig`` (form of the experts' GEMM, ...).
         distributed_optimizer: Whether optimizer states are sharded over data-parallel ranks.
         overlap: Whether gradients are reduced during the backward pass, in small buckets.
     """
@@ -57,6 +58,7 @@ class Means:
     layout: Layout = field(default_factory=Layout)
     impl: str = "plugin"
     model: dict[str, Any] = field(default_factory=dict)
+    moe: dict[str, Any] = field(default_factory=dict)
     distributed_optimizer: bool = False
     overlap: bool = False
 

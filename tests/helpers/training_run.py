@@ -1,6 +1,7 @@
 """Train a small GPT on this rank of a layout; the other half of `runs.py`, imports Megatron."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ class Training:
     """A model with its optimizer on this rank."""
 
     def __init__(self, job: Job, means: Means) -> None:
+        job = replace(job, moe=replace(job.moe, **means.moe))
         self.job, self.means = job, means
         self.places = enter_layout(means.layout)
         self.config = moe_config(means.layout, **(job.model | means.model))
