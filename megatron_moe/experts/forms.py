@@ -27,12 +27,13 @@ class Form:
     Args:
         forward: ``(x_RD, weight_eFD, rows_e)`` to ``(R, F)``.
         grad_x: ``(grad_RF, weight_eFD, rows_e)`` to ``(R, D)``.
-        grad_w: ``(grad_RF, x_RD, rows_e)`` to ``(e, F, D)``; zero for experts without rows.
+        grad_w: ``(grad_RF, x_RD, rows_e)`` to ``(e, F, D)``; zero for experts without rows. None
+            when it has put the gradient where it belongs.
     """
 
     forward: Callable[[Tensor, Tensor, Rows], Tensor]
     grad_x: Callable[[Tensor, Tensor, Rows], Tensor]
-    grad_w: Callable[[Tensor, Tensor, Rows], Tensor]
+    grad_w: Callable[[Tensor, Tensor, Rows], Tensor | None]
 
 
 def _loop_forward(x_RD: Tensor, weight_eFD: Tensor, rows_e: Rows) -> Tensor:
@@ -124,12 +125,14 @@ FORMS = {
 }
 
 
-def fitting(form: str, x: Tensor, weight_eFD: Tensor) -> Form:
+def fitting(form: str | Form, x: Tensor, weight_eFD: Tensor) -> Form:
     """The form, or ``loop`` for what it cannot take.
 
     ``grouped_mm`` wants rows in steps of 16 bytes, and more than one row and expert: the stride
     of a dimension of size 1 may be anything. No other takes no rows at all.
     """
+    if isinstance(form, Form):
+        return form
     odd = any(n * x.element_size() % 16 for n in weight_eFD.shape[1:])
     small = x.shape[0] <= 1 or weight_eFD.shape[0] == 1
     if x.shape[0] == 0 or (form == "grouped_mm" and (odd or small)):

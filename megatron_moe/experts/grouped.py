@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_moe.config import MoEConfig
 from megatron_moe.experts.activation import weighted_activation
+from megatron_moe.experts.fp8 import DelayedScales
 from megatron_moe.experts.initialise import draw_seed, initialise_experts
 from megatron_moe.experts.keys import accept_sequential_keys
 from megatron_moe.experts.sharding import ExpertShard, empty_extra_states, sharded_stack
@@ -24,7 +25,13 @@ from megatron_moe.experts.stacked import StackedLinear
 from megatron_moe.parallel.groups import ExpertGroups, is_ordinary_expert
 
 # Axis of one expert's tensor that is cut over ETP; every ETP rank holds all of the others.
-_SHARDED_AXIS = {"linear_fc1.weight": 0, "linear_fc1.bias": 0, "linear_fc2.weight": 1}
+_SHARDED_AXIS = {
+    "linear_fc1.weight": 0,
+    "linear_fc1.bias": 0,
+    "linear_fc1.mask": 0,
+    "linear_fc2.weight": 1,
+    "linear_fc2.mask": 1,
+}
 
 
 class GroupedExperts(MegatronModule):
@@ -70,6 +77,8 @@ class GroupedExperts(MegatronModule):
         e, linear = num_local_experts, {"config": config, "moe": moe, "ordinary": ordinary}
         self.linear_fc1 = StackedLinear(e, (halves * ffn, hidden), shard_dim=0, **linear)
         self.linear_fc2 = StackedLinear(e, (hidden, ffn), shard_dim=1, **linear)
+        if self.linear_fc1.offload is not None:
+            self.linear_fc1.offload.add_layer(self.linear_fc1, self.linear_fc2)
         if config.perform_initialization:
             self._initialise()
         self.register_load_state_dict_pre_hook(accept_sequential_keys)
@@ -117,6 +126,12 @@ class GroupedExperts(MegatronModule):
             clamp=c.activation_func_clamp_value,
         )
 
+    def delayed_scales(self) -> list[DelayedScales]:
+        """The state of emulated delayed scaling, in a fixed order; mostly none."""
+        linears = (self.linear_fc1, self.linear_fc2)
+        found = (linear.emulation.scales for linear in linears if linear.emulation is not None)
+        return [scales for scales in found if scales is not None]
+
     def backward_dw(self) -> None:
         """Nothing is delayed; Megatron calls this where weight gradients may be."""
 
@@ -129,9 +144,10 @@ class GroupedExperts(MegatronModule):
         out: ShardedStateDict = {}
         singleton = metadata.get("singleton_local_shards", False)
         for layer, linear in (("linear_fc1", self.linear_fc1), ("linear_fc2", self.linear_fc2)):
-            for name, parameter in linear.named_parameters():
+            stacks = [*linear.named_parameters(), ("mask", linear.saved_mask())]
+            for name, stack in ((name, stack) for name, stack in stacks if stack is not None):
                 out |= sharded_stack(
-                    parameter,
+                    stack,
                     prefix,
                     f"{layer}.{name}",
                     shard,

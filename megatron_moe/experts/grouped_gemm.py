@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_moe.experts.form_table import fastest
-from megatron_moe.experts.forms import FORMS, Rows, fitting
+from megatron_moe.experts.forms import FORMS, Form, Rows, fitting
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def grouped_linear(
     x: Tensor | tuple[Tensor | None, ...],
     weight_eFD: Tensor,
     rows_e: Sequence[int],
-    form: str,
+    form: str | Form,
     *,
     before: Callable[..., Tensor] | None = None,
     emulation: Emulation | None = None,
@@ -51,7 +51,7 @@ def grouped_linear(
         x: Rows grouped by expert, ``(R, D)``; R may be 0. With ``before``, its arguments.
         weight_eFD: Stacked weights, ``(e, F, D)``.
         rows_e: Rows of each expert; sums to R; entries may be 0.
-        form: A key of ``FORMS``, from :func:`choose_form`.
+        form: A key of ``FORMS``, from :func:`choose_form`, or a form itself.
         before: Makes the rows; they are made again in backward instead of being kept.
         emulation: Another precision for the operands; then the products are computed in fp32.
 
@@ -93,14 +93,17 @@ class _GroupedLinear(torch.autograd.Function):
         return None, None, None, None, grad_w, *grads
 
 
-def _gradients(ctx, grad_RF: Tensor, x_RD: Tensor, weight_eFD: Tensor) -> tuple[Tensor, Tensor]:
+def _gradients(
+    ctx, grad_RF: Tensor, x_RD: Tensor, weight_eFD: Tensor
+) -> tuple[Tensor, Tensor | None]:
     grad, weight, grad_for_w, x = grad_RF, weight_eFD, grad_RF, x_RD
     if ctx.emulation is not None:
         grad, weight = ctx.emulation.grad_x(grad_RF, weight_eFD, ctx.rows_e)
         grad_for_w, x = ctx.emulation.grad_w(grad_RF, x_RD, ctx.rows_e)
     form = fitting(ctx.form, grad, weight)
     grad_x = form.grad_x(grad, weight, ctx.rows_e).to(x_RD.dtype)
-    return grad_x, form.grad_w(grad_for_w, x, ctx.rows_e).to(weight_eFD.dtype)
+    grad_w = form.grad_w(grad_for_w, x, ctx.rows_e)
+    return grad_x, None if grad_w is None else grad_w.to(weight_eFD.dtype)
 
 
 def choose_form(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-_SEQUENTIAL = re.compile(r"local_experts\.(\d+)\.(linear_fc[12])\.(weight|bias)")
+_SEQUENTIAL = re.compile(r"local_experts\.(\d+)\.(linear_fc[12])\.(weight|bias|mask)")
 _GROUPED = re.compile(r"(linear_fc[12])\.(weight|bias)(\d+)")
 _EXTRA = re.compile(r"(local_experts\.\d+\.)?linear_fc[12]\._extra_state\d*")
 

@@ -10,7 +10,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_moe.config import MoEConfig
-from megatron_moe.experts.grouped_gemm import Emulation, choose_form, grouped_linear
+from megatron_moe.experts.fp8 import emulation_of
+from megatron_moe.experts.grouped_gemm import choose_form, grouped_linear
+from megatron_moe.experts.offload import ExpertOffload
+from megatron_moe.experts.sparse import Sparsity, check_inputs, load_mask
 
 
 class StackedLinear(torch.nn.Module):
@@ -41,7 +44,12 @@ class StackedLinear(torch.nn.Module):
         super().__init__()
         device = torch.device("cpu" if config.use_cpu_initialization else "cuda")
         kwargs = {"device": device, "dtype": config.params_dtype}
-        self.weight = torch.nn.Parameter(torch.empty(num_local_experts, *shape, **kwargs))
+        self.offload = ExpertOffload.shared(moe)
+        if self.offload is None:
+            weight = torch.empty(num_local_experts, *shape, **kwargs)
+        else:
+            weight = self.offload.store.zeros((num_local_experts, *shape), config.params_dtype)
+        self.weight = torch.nn.Parameter(weight)
         self.bias: torch.nn.Parameter | None = None
         stride = 2 if config.gated_linear_unit and shard_dim == 0 else 1
         if config.add_bias_linear:
@@ -51,8 +59,14 @@ class StackedLinear(torch.nn.Module):
             dim = 1 + shard_dim if sharded else -1
             set_tensor_model_parallel_attributes(parameter, sharded, dim, stride)
             parameter.allreduce = ordinary  # type: ignore[attr-defined]  # Megatron's mark
+        self.sparsity: Sparsity | None = None
+        self.register_buffer("mask", None)
+        if moe.sparse_experts != "none":
+            check_inputs(shape[1], "the inputs of an expert's linear layer on one rank")
+            self.sparsity = Sparsity(moe)
+            self.register_buffer("mask", torch.ones_like(self.weight, dtype=torch.bool))
         self.gemm = moe.expert_gemm
-        self.emulation: Emulation | None = None
+        self.emulation = emulation_of(config, moe, num_local_experts, device)
 
     def product(
         self,
@@ -70,8 +84,19 @@ class StackedLinear(torch.nn.Module):
         Returns:
             ``(R, out)``.
         """
+        if self.offload is not None:
+            return self.offload.product(self, x, rows_e, before)
         form = choose_form(self.gemm, self.weight.device, self.weight.dtype, self.weight, rows_e)
-        return grouped_linear(x, self.weight, rows_e, form, before=before, emulation=self.emulation)
+        weight = self.weight
+        if self.sparsity is not None:
+            weight = self.sparsity.effective(weight, self.mask)
+        return grouped_linear(x, weight, rows_e, form, before=before, emulation=self.emulation)
+
+    def saved_mask(self) -> Tensor | None:
+        """The mask that fits the weight, to be saved with it; None for dense weights."""
+        if self.sparsity is not None:
+            self.sparsity.refresh(self.weight, self.mask)
+        return self.mask
 
     def bias_of_rows(self, rows_e: Sequence[int]) -> Tensor | None:
         """Each row's bias, ``(R, out)``; None without a bias."""
@@ -84,6 +109,8 @@ class StackedLinear(torch.nn.Module):
         for name, parameter in self.named_parameters():
             for i, one in enumerate(parameter.unbind(0)):
                 destination[f"{prefix}{name}{i}"] = one if keep_vars else one.detach()
+        if (mask := self.saved_mask()) is not None:
+            destination |= {f"{prefix}mask{i}": one for i, one in enumerate(mask.unbind(0))}
 
     def _load_from_state_dict(
         self,
@@ -95,6 +122,9 @@ class StackedLinear(torch.nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        load_mask(self, state_dict, prefix, error_msgs)
+        if self.offload is not None:
+            self.offload.end_batch()
         expected: set[str] = set()
         for name, parameter in self.named_parameters():
             targets = {f"{prefix}{name}{i}": one for i, one in enumerate(parameter.data.unbind(0))}

@@ -13,8 +13,13 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
+from megatron_moe.experts import offload
+from megatron_moe.experts.fp8 import DelayedScales, end_delayed_batch
 from megatron_moe.mcore.hold import HOLD
+from megatron_moe.mcore.pruning import PRUNING
 from megatron_moe.route.part import end_global_batch
 from megatron_moe.telemetry.counters import routers_of
 
@@ -44,7 +49,10 @@ def finish_batch(finalize: Callable[..., Any] | None, model: Any, *args: Any, **
         finalize = finalize_model_grads
     HOLD.next_step(routers)
     end_batch(routers)
+    end_expert_batch(model)
+    offload.end_batch()
     result = finalize(model, *args, **kwargs)
+    PRUNING.end_batch(model)
     HOLD.zero_gradients(model)
     return result
 
@@ -58,3 +66,17 @@ def end_batch(routers: list[Any]) -> None:
     end_global_batch(parts, routers[0].groups.tp_dp_cp)
     for router in routers:
         router.end_batch()
+
+
+@torch.no_grad()
+def end_expert_batch(model: Any) -> None:
+    """Let all experts end a global batch together; every rank of the stage calls it."""
+    holders = [m for chunk in model for m in chunk.modules() if hasattr(m, "delayed_scales")]
+    scales: list[DelayedScales] = [s for holder in holders for s in holder.delayed_scales()]
+
+    def reduce_max(seen: Tensor) -> None:
+        for group in (holders[0].dp_group, holders[0].tp_group):
+            if group is not None and group.size() > 1:
+                dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=group)
+
+    end_delayed_batch(scales, reduce_max)

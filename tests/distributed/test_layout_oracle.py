@@ -27,6 +27,7 @@ FULL = {
     "recompute_num_layers": 1,
 }
 SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+ACTIVATION = SELECTIVE | {"recompute_modules": ["moe_act"]}
 
 MEANS = {
     "alltoall": Means(),
@@ -38,6 +39,15 @@ MEANS = {
     ),
     "allgather-distopt-overlap": Means(model=GATHER, distributed_optimizer=True, overlap=True),
     "alltoall-grouped-overlap": Means(model=GROUPED, overlap=True),
+    "alltoall-batched-activation": Means(
+        model=GROUPED | ACTIVATION, moe={"expert_gemm": "batched"}
+    ),
+    "allgather-loop-experts": Means(
+        model=GATHER | GROUPED, moe={"expert_gemm": "loop", "recompute_experts": True}
+    ),
+    "alltoall-sequential-experts-distopt": Means(
+        moe={"recompute_experts": True}, distributed_optimizer=True
+    ),
 }
 
 

@@ -1,6 +1,7 @@
-"""FP16 on a CPU: the loss scale grows, overflows, skips and recovers, the same for all parameters."""
+"""FP16 on a CPU: the loss scale grows, overflows, skips, recovers; one scale for all parameters."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def test_overflows_are_skipped_until_the_scale_fits(pool):
         assert skipped and all(s.unchanged for s in skipped)
         assert seen[-1].stepped and not seen[-1].unchanged
         assert all(s.finite and math.isfinite(s.loss) for s in seen)
-        for before, after in zip(seen, seen[1:], strict=False):
+        for before, after in pairwise(seen):
             factor = 1.0 if before.stepped else 0.5
             assert after.scales == [factor * scale for scale in before.scales]
 

@@ -79,7 +79,7 @@ def _step(training: Training, optimizers: list, step: int, plan: Plan) -> StepSe
     losses = training.forward_backward()
     named = [p for chunk in training.ddp for p in chunk.named_parameters()]
     weights = [p.detach().clone() for _, p in named]
-    (name, expert) = next((n, p) for n, p in named if "experts" in n)
+    expert = next(p for n, p in named if "experts" in n)
     if step in plan.spoilt:
         target = next(p for n, p in named if plan.where in n)
         target.main_grad.view(-1)[0] = torch.inf
