@@ -40,7 +40,8 @@ class MoEConfig:
         sparse_start_iter: Iteration from which on they are sparse.
         sparse_freeze_iter: Iteration from which on their masks stay as they are; -1 is never.
         sparse_decay: Decay of the weights that are masked out (SR-STE).
-        allow_tf32: Multiply fp32 matrices in TF32 on GPUs that have it.
+        expert_tf32: Multiply the experts' fp32 matrices in TF32 on GPUs that have it; the router
+            stays in fp32.
         router_choice: How tokens get their experts: topk, switch, gshard, expert_choice, hash,
             top_p, threshold, or your own as package.module:Class.
         second_expert: With router_choice gshard, whether the second expert is ``always``
@@ -97,7 +98,7 @@ class MoEConfig:
     sparse_start_iter: int = 0
     sparse_freeze_iter: int = -1
     sparse_decay: float = 2e-4
-    allow_tf32: bool = False
+    expert_tf32: bool = False
     router_choice: str = "topk"
     second_expert: str = _one_of("always", "random")
     sinkhorn_iterations: int = 20

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -44,6 +46,7 @@ def grouped_linear(
     *,
     before: Callable[..., Tensor] | None = None,
     emulation: Emulation | None = None,
+    tf32: bool = False,
 ) -> Tensor:
     """Multiply each expert's rows by its weight.
 
@@ -54,56 +57,83 @@ def grouped_linear(
         form: A key of ``FORMS``, from :func:`choose_form`, or a form itself.
         before: Makes the rows; they are made again in backward instead of being kept.
         emulation: Another precision for the operands; then the products are computed in fp32.
+        tf32: Let a GPU round fp32 operands to TF32 (10 bits); here alone, the router stays exact.
 
     Returns:
         ``(R, F)`` in the dtype of the rows.
     """
     inputs = x if isinstance(x, tuple) else (x,)
-    return _GroupedLinear.apply(list(rows_e), form, before, emulation, weight_eFD, *inputs)
+    how = _How(list(rows_e), form, before, emulation, tf32)
+    return _GroupedLinear.apply(how, weight_eFD, *inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class _How:
+    rows_e: Rows
+    form: str | Form
+    before: Callable[..., Tensor] | None
+    emulation: Emulation | None
+    tf32: bool
 
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows_e, form, before, emulation, weight_eFD, *inputs):
+    def forward(ctx, how, weight_eFD, *inputs):
         ctx.save_for_backward(weight_eFD, *inputs)
-        ctx.rows_e, ctx.form, ctx.before, ctx.emulation = rows_e, form, before, emulation
-        x_RD = inputs[0] if before is None else before(*inputs)
+        ctx.how = how
+        x_RD = inputs[0] if how.before is None else how.before(*inputs)
         x, weight = x_RD, weight_eFD
-        if emulation is not None:
-            x, weight = emulation.forward(x_RD, weight_eFD, rows_e)
-        return fitting(form, x, weight).forward(x, weight, rows_e).to(x_RD.dtype)
+        if how.emulation is not None:
+            x, weight = how.emulation.forward(x_RD, weight_eFD, how.rows_e)
+        with _multiplying_in(how.tf32):
+            return fitting(how.form, x, weight).forward(x, weight, how.rows_e).to(x_RD.dtype)
 
     @staticmethod
     def backward(ctx, grad_RF):
         weight_eFD, *inputs = ctx.saved_tensors
         # A gradient with stride 0 (the gradient of a sum) is refused by grouped_mm.
         grad_RF = grad_RF.contiguous()
-        if ctx.before is None:
-            grad_x, grad_w = _gradients(ctx, grad_RF, inputs[0], weight_eFD)
-            return None, None, None, None, grad_w, grad_x
+        if ctx.how.before is None:
+            grad_x, grad_w = _gradients(ctx.how, grad_RF, inputs[0], weight_eFD)
+            return None, grad_w, grad_x
         with torch.enable_grad():
             inputs = [
                 t if t is None else t.detach().requires_grad_(t.requires_grad) for t in inputs
             ]
-            x_RD = ctx.before(*inputs)
-        grad_x, grad_w = _gradients(ctx, grad_RF, x_RD.detach(), weight_eFD)
+            x_RD = ctx.how.before(*inputs)
+        grad_x, grad_w = _gradients(ctx.how, grad_RF, x_RD.detach(), weight_eFD)
         wanted = [t for t in inputs if t is not None and t.requires_grad]
         found = iter(torch.autograd.grad(x_RD, wanted, grad_x) if wanted else ())
         grads = [next(found) if t is not None and t.requires_grad else None for t in inputs]
-        return None, None, None, None, grad_w, *grads
+        return None, grad_w, *grads
 
 
 def _gradients(
-    ctx, grad_RF: Tensor, x_RD: Tensor, weight_eFD: Tensor
+    how: _How, grad_RF: Tensor, x_RD: Tensor, weight_eFD: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     grad, weight, grad_for_w, x = grad_RF, weight_eFD, grad_RF, x_RD
-    if ctx.emulation is not None:
-        grad, weight = ctx.emulation.grad_x(grad_RF, weight_eFD, ctx.rows_e)
-        grad_for_w, x = ctx.emulation.grad_w(grad_RF, x_RD, ctx.rows_e)
-    form = fitting(ctx.form, grad, weight)
-    grad_x = form.grad_x(grad, weight, ctx.rows_e).to(x_RD.dtype)
-    grad_w = form.grad_w(grad_for_w, x, ctx.rows_e)
+    if how.emulation is not None:
+        grad, weight = how.emulation.grad_x(grad_RF, weight_eFD, how.rows_e)
+        grad_for_w, x = how.emulation.grad_w(grad_RF, x_RD, how.rows_e)
+    form = fitting(how.form, grad, weight)
+    with _multiplying_in(how.tf32):
+        grad_x = form.grad_x(grad, weight, how.rows_e).to(x_RD.dtype)
+        grad_w = form.grad_w(grad_for_w, x, how.rows_e)
     return grad_x, None if grad_w is None else grad_w.to(weight_eFD.dtype)
+
+
+@contextmanager
+def _multiplying_in(tf32: bool) -> Iterator[None]:
+    """Let fp32 matrices be multiplied in TF32, if asked for; what else runs is left as it was."""
+    if not tf32:
+        yield
+        return
+    kept = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = kept
 
 
 def choose_form(

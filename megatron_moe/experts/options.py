@@ -18,7 +18,13 @@ def expert_faults(c: Any, moe: MoEConfig) -> list[str]:
         c: A ``TransformerConfig``, or anything with its attributes.
         moe: The plugin's options.
     """
-    return [*_engine_faults(c), *_emulation_faults(c, moe), *_recompute_faults(c, moe)]
+    faults = [*_engine_faults(c), *_emulation_faults(c, moe), *_recompute_faults(c, moe)]
+    if moe.expert_tf32 and (uses_engine(c) or not c.moe_grouped_gemm):
+        faults.append(
+            "expert_tf32 is for the plugin's stacked experts: use --transformer-impl local "
+            "--moe-grouped-gemm, or set NVIDIA_TF32_OVERRIDE=1 for everything"
+        )
+    return faults
 
 
 def uses_engine(c: Any) -> bool:

@@ -31,6 +31,8 @@ class StackedLinear(torch.nn.Module):
         ordinary: Whether data-parallel ranks hold the same experts as they hold the rest.
     """
 
+    mask: Tensor | None
+
     def __init__(
         self,
         num_local_experts: int,
@@ -65,7 +67,7 @@ class StackedLinear(torch.nn.Module):
             check_inputs(shape[1], "the inputs of an expert's linear layer on one rank")
             self.sparsity = Sparsity(moe)
             self.register_buffer("mask", torch.ones_like(self.weight, dtype=torch.bool))
-        self.gemm = moe.expert_gemm
+        self.gemm, self.tf32 = moe.expert_gemm, moe.expert_tf32
         self.emulation = emulation_of(config, moe, num_local_experts, device)
 
     def product(
@@ -87,14 +89,15 @@ class StackedLinear(torch.nn.Module):
         if self.offload is not None:
             return self.offload.product(self, x, rows_e, before)
         form = choose_form(self.gemm, self.weight.device, self.weight.dtype, self.weight, rows_e)
-        weight = self.weight
-        if self.sparsity is not None:
+        weight: Tensor = self.weight
+        if self.sparsity is not None and self.mask is not None:
             weight = self.sparsity.effective(weight, self.mask)
-        return grouped_linear(x, weight, rows_e, form, before=before, emulation=self.emulation)
+        how = {"before": before, "emulation": self.emulation, "tf32": self.tf32}
+        return grouped_linear(x, weight, rows_e, form, **how)
 
     def saved_mask(self) -> Tensor | None:
         """The mask that fits the weight, to be saved with it; None for dense weights."""
-        if self.sparsity is not None:
+        if self.sparsity is not None and self.mask is not None:
             self.sparsity.refresh(self.weight, self.mask)
         return self.mask
 

@@ -5,10 +5,11 @@ import torch
 from helpers.tolerances import assert_same
 from torch.nn import functional as F
 
+from megatron_moe.experts.forms import FORMS, Form
 from megatron_moe.experts.fp8 import Fp8Emulation, Fp8Recipe
 from megatron_moe.experts.grouped_gemm import choose_form, grouped_linear
 
-FORMS = [
+TRIED = [
     ("loop", torch.float64),
     ("loop", torch.float32),
     ("loop", torch.float16),
@@ -55,7 +56,7 @@ def by_expert(x, weight, rows):
 
 
 @pytest.mark.parametrize("rows", LOADS.values(), ids=LOADS.keys())
-@pytest.mark.parametrize(("form", "dtype"), FORMS, ids=str)
+@pytest.mark.parametrize(("form", "dtype"), TRIED, ids=str)
 def test_forward_and_gradients(form, dtype, rows):
     x, weight = operands(rows, dtype)
     out = grouped_linear(x, weight, rows, form)
@@ -170,3 +171,25 @@ def test_auto_falls_back_where_grouped_mm_does_not_run():
     assert choose_form("batched", cpu, torch.float32, W, [8]) == "batched"
     with pytest.raises(ValueError, match=r"moe_expert_gemm \(grouped_mm\) does not run on cpu"):
         choose_form("grouped_mm", cpu, torch.int32, W, [8])
+
+
+def test_tf32_is_allowed_while_experts_multiply_and_nowhere_else():
+    allowed = []
+
+    def noting(of):
+        def product(*operands):
+            allowed.append(torch.backends.cuda.matmul.allow_tf32)
+            return of(*operands)
+
+        return product
+
+    loop = FORMS["loop"]
+    form = Form(noting(loop.forward), noting(loop.grad_x), noting(loop.grad_w))
+    x, weight = operands([2, 3])
+    out = grouped_linear(x, weight, [2, 3], form, tf32=True)
+    assert not torch.backends.cuda.matmul.allow_tf32
+    out.sum().backward()
+    assert allowed == [True] * 3
+    assert not torch.backends.cuda.matmul.allow_tf32
+    grouped_linear(x, weight, [2, 3], form)
+    assert allowed[3:] == [False]
