@@ -102,8 +102,7 @@ def exponent_from_amax(amax: Tensor, dtype: torch.dtype) -> Tensor:
     Returns:
         uint8, the shape of ``amax``; 254 for infinity, 255 for NaN.
     """
-    # TE multiplies by the fp32 reciprocal: a quotient would differ in the last bit, and with it
-    # the exponent of an amax just above a power of two times fp8_max.
+    # A product with the fp32 reciprocal, as in TE, not a quotient: the last bit may differ.
     bits = (amax * torch.full_like(amax, 1.0 / FP8_MAX[dtype])).view(torch.int32)
     exponent, mantissa = bits >> 23, bits & _MANTISSA_BITS
     stays = (mantissa == 0) | (exponent == 254)
