@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_moe import config as options
 from megatron_moe.dispatch.dispatcher import DISPATCHERS, Dispatcher
+from megatron_moe.experts.sparse import follow
 from megatron_moe.experts.weights import first_weights
 from megatron_moe.mcore import finish
 from megatron_moe.mcore.recompute import recomputed
@@ -54,6 +55,7 @@ class MoELayer(MegatronMoELayer):
             config.num_moe_experts, groups
         )
         finish.install(config)
+        follow(self.experts, self.router.schedule)
         if self.router.distillation is not None:
             self.router.distillation.first_weights = partial(first_weights, self.experts)
 

@@ -22,18 +22,16 @@ gradient the contraction runs over each expert's rows, and blocks start at its f
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from megatron_moe.experts.fp8_delayed import DelayedScales, Slot
 from megatron_moe.experts.fp8_quantise import (
-    FP8_MAX,
     Scaling,
     amax_of_experts,
-    amax_over,
     dequantise_blocks_of_rows,
     dequantise_experts,
     dequantise_tiles,
@@ -47,10 +45,6 @@ RecipeName = Literal["tensorwise", "delayed", "blockwise", "mxfp8"]
 RECIPES: tuple[RecipeName, ...] = get_args(RecipeName)
 FORMATS = ("recipe", "e4m3", "hybrid")
 AMAX_ALGORITHMS = ("most_recent", "max")
-
-_FP32_MAX = torch.finfo(torch.float32).max
-_Slot = Literal["x", "weight", "grad"]
-_SLOTS: dict[_Slot, int] = {"x": 0, "weight": 1, "grad": 2}  # places in DelayedScales' buffers
 
 
 class _Blocks(NamedTuple):
@@ -120,7 +114,7 @@ class Fp8Recipe:
         """The format of gradients."""
         return torch.float8_e5m2 if self.format == "hybrid" else torch.float8_e4m3fn
 
-    def dtype_of(self, slot: _Slot) -> torch.dtype:
+    def dtype_of(self, slot: Slot) -> torch.dtype:
         """Return the format of ``x``, ``weight`` or ``grad``."""
         return self.grad_dtype if slot == "grad" else self.forward_dtype
 
@@ -128,95 +122,6 @@ class Fp8Recipe:
 def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{option} is {value!r}, but must be one of {', '.join(allowed)}.")
-
-
-class DelayedScales(torch.nn.Module):
-    """Delayed scaling's memory: what each expert's x, weight and gradient were in past batches.
-
-    Operands are quantised with ``scale``, made of amaxes of earlier global batches; the amax of
-    the present one is gathered in ``seen`` and used at its end.
-
-    TE steps after every micro-batch; this steps once a global batch, on purpose. A scale is then
-    the same in all micro-batches and in every recomputation, so that results do not depend on
-    the layout, on the micro-batch size or on accumulation. With one micro-batch a batch, the
-    numbers are TE's.
-
-    Attributes:
-        amax_history: ``(e, 3, H)`` fp32, in TE's order: place 0 is the present batch (zero here,
-            see ``seen``), place 1 the oldest, the last place the newest. 3: x, weight, gradient.
-        scale: ``(e, 3)`` fp32, 1 at first as TE's.
-        seen: ``(e, 3)`` fp32, not saved: the largest amax of this global batch so far.
-    """
-
-    amax_history: Tensor
-    scale: Tensor
-    seen: Tensor
-
-    def __init__(self, recipe: Fp8Recipe, num_local_experts: int, device: Any = None) -> None:
-        super().__init__()
-        self.recipe = recipe
-        shape, options = (num_local_experts, 3), {"dtype": torch.float32, "device": device}
-        history = torch.zeros(*shape, recipe.amax_history_len, **options)
-        self.register_buffer("amax_history", history)
-        self.register_buffer("scale", torch.ones(shape, **options))
-        self.register_buffer("seen", torch.zeros(shape, **options), persistent=False)
-
-    @torch.no_grad()
-    def record(self, slot: _Slot, amax_e: Tensor) -> None:
-        """Remember the amaxes of a tensor, if training. Recording a tensor twice changes nothing.
-
-        Args:
-            slot: Which operand it is.
-            amax_e: ``(e,)`` fp32.
-        """
-        if self.training:
-            seen_e = self.seen[:, _SLOTS[slot]]
-            seen_e.copy_(torch.maximum(seen_e, amax_e))
-
-    def scale_of(self, slot: _Slot) -> Tensor:
-        """Return the scales ``(e,)`` fp32 that quantise an operand in this batch."""
-        return self.scale[:, _SLOTS[slot]]
-
-    @torch.no_grad()
-    def end_batch(self, group_reduce: Callable[[Tensor], object] | None = None) -> None:
-        """Put what this global batch saw into the history, and make the next batch's scales.
-
-        TE's rules: an operand of which nothing but zeros was seen keeps history and scale; an
-        infinite amax enters the history and leaves the scale as it was; a scale that would
-        overflow is the largest finite fp32.
-
-        Args:
-            group_reduce: Reduces a ``(e, 3)`` fp32 tensor in place to its maximum over the ranks
-                that hold the same experts. None where there is one such rank.
-
-        Cost: the collective of ``group_reduce``.
-        """
-        if group_reduce is not None:
-            group_reduce(self.seen)
-        window = torch.cat((self.amax_history[..., 1:], self.seen.unsqueeze(-1)), dim=-1)
-        newest = self.recipe.amax_compute_algo == "most_recent"
-        amax = self.seen if newest else amax_over(window, (-1,))
-        largest = [FP8_MAX[self.recipe.dtype_of(slot)] for slot in _SLOTS]
-        scaled = (
-            torch.tensor(largest, dtype=amax.dtype, device=amax.device) * 2.0**-self.recipe.margin
-        )
-        moves = self.seen != 0
-        usable = moves & amax.isfinite() & (amax > 0)
-        scale = (scaled.expand_as(amax) / amax).clamp_(max=_FP32_MAX)
-        self.scale.copy_(torch.where(usable, scale, self.scale))
-        window[..., 0] = 0  # the oldest has served, and its place is the present batch's
-        self.amax_history.copy_(torch.where(moves.unsqueeze(-1), window, self.amax_history))
-        self.seen.zero_()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> DelayedScales:
-        """Move the buffers with the module, but never round them to a half-precision dtype."""
-        exact = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, moved in self._buffers.items():
-            before = exact[name]
-            if moved is not None and before is not None and not before.is_meta:
-                self._buffers[name] = before.to(moved.device)
-        return self
 
 
 class Fp8Emulation(torch.nn.Module):
@@ -263,14 +168,14 @@ class Fp8Emulation(torch.nn.Module):
         return self._along_rows(grad_RF, rows_e, "grad"), self._along_rows(x_RD, rows_e, "x")
 
     @torch.no_grad()
-    def _along_columns(self, x_RC: Tensor, rows_e: list[int], slot: _Slot) -> Tensor:
+    def _along_columns(self, x_RC: Tensor, rows_e: list[int], slot: Slot) -> Tensor:
         if self._blocks is None:
             return self._by_expert(x_RC, rows_e, slot)
         length, _, scaling = self._blocks
         return self._by_tile(x_RC, (1, length), slot, scaling)
 
     @torch.no_grad()
-    def _along_rows(self, x_RC: Tensor, rows_e: list[int], slot: _Slot) -> Tensor:
+    def _along_rows(self, x_RC: Tensor, rows_e: list[int], slot: Slot) -> Tensor:
         if self._blocks is None:
             return self._by_expert(x_RC, rows_e, slot)
         length, _, scaling = self._blocks
@@ -289,11 +194,11 @@ class Fp8Emulation(torch.nn.Module):
             tile = (1, length) if contraction == 2 else (length, 1)
         return self._by_tile(weight_eFD, tile, "weight", scaling)
 
-    def _by_tile(self, x: Tensor, tile: tuple[int, int], slot: _Slot, scaling: Scaling) -> Tensor:
+    def _by_tile(self, x: Tensor, tile: tuple[int, int], slot: Slot, scaling: Scaling) -> Tensor:
         dtype = self.recipe.dtype_of(slot)
         return dequantise_tiles(quantise_tiles(_operand(x), tile, dtype, scaling), tile)
 
-    def _by_expert(self, x_RC: Tensor, rows_e: list[int], slot: _Slot) -> Tensor:
+    def _by_expert(self, x_RC: Tensor, rows_e: list[int], slot: Slot) -> Tensor:
         x_RC, dtype = _operand(x_RC), self.recipe.dtype_of(slot)
         amax_e = amax_of_experts(x_RC, rows_e)
         if self.scales is None:
@@ -329,21 +234,3 @@ def emulation_of(
         amax_compute_algo=config.fp8_amax_compute_algo,
     )
     return Fp8Emulation(recipe, num_local_experts, device)
-
-
-def end_delayed_batch(stages: list[Any], reduce_max: Callable[[Tensor], object]) -> None:
-    """Step the delayed scales of all layers at the end of a global batch, after one reduction.
-
-    Args:
-        stages: :class:`DelayedScales` of the layers, in the same order on all ranks.
-        reduce_max: Reduces a tensor in place over the ranks that hold the same experts.
-
-    Cost: one reduction of 3 numbers for each expert's linear layer.
-    """
-    if not stages:
-        return
-    seen = torch.cat([scales.seen.flatten() for scales in stages])
-    reduce_max(seen)
-    for scales, part in zip(stages, seen.split([s.seen.numel() for s in stages]), strict=True):
-        scales.seen.copy_(part.view_as(scales.seen))
-        scales.end_batch()

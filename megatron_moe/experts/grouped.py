@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_moe.config import MoEConfig
 from megatron_moe.experts.activation import weighted_activation
-from megatron_moe.experts.fp8 import DelayedScales
+from megatron_moe.experts.fp8_delayed import DelayedScales
 from megatron_moe.experts.initialise import draw_seed, initialise_experts
 from megatron_moe.experts.keys import accept_sequential_keys
 from megatron_moe.experts.sharding import ExpertShard, empty_extra_states, sharded_stack
@@ -128,8 +128,7 @@ class GroupedExperts(MegatronModule):
 
     def delayed_scales(self) -> list[DelayedScales]:
         """The state of emulated delayed scaling, in a fixed order; mostly none."""
-        linears = (self.linear_fc1, self.linear_fc2)
-        found = (linear.emulation.scales for linear in linears if linear.emulation is not None)
+        found = (self.linear_fc1.fp8_scales, self.linear_fc2.fp8_scales)
         return [scales for scales in found if scales is not None]
 
     def backward_dw(self) -> None:
@@ -144,15 +143,16 @@ class GroupedExperts(MegatronModule):
         out: ShardedStateDict = {}
         singleton = metadata.get("singleton_local_shards", False)
         for layer, linear in (("linear_fc1", self.linear_fc1), ("linear_fc2", self.linear_fc2)):
-            stacks = [*linear.named_parameters(), ("mask", linear.saved_mask())]
-            for name, stack in ((name, stack) for name, stack in stacks if stack is not None):
+            for name, stack in (*linear.named_parameters(), *linear.saved_state().items()):
                 out |= sharded_stack(
                     stack,
                     prefix,
                     f"{layer}.{name}",
                     shard,
                     sharded_offsets,
-                    gated=self.config.gated_linear_unit and layer == "linear_fc1",
+                    gated=self.config.gated_linear_unit
+                    and layer == "linear_fc1"
+                    and not name.startswith("fp8"),
                     sharded_axis=_SHARDED_AXIS.get(f"{layer}.{name}"),
                     singleton=singleton,
                 )

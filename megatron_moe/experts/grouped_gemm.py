@@ -28,13 +28,13 @@ logger = logging.getLogger(__name__)
 class Emulation(Protocol):
     """Operands of the three products in another precision, given back as fp32."""
 
-    def forward(self, x_RD: Tensor, weight_eFD: Tensor, rows_e: Rows) -> tuple[Tensor, Tensor]:
+    def forward(self, x_RD: Tensor, weight_eFD: Tensor, rows_e: list[int]) -> tuple[Tensor, Tensor]:
         """Contracted over D."""
 
-    def grad_x(self, grad_RF: Tensor, weight_eFD: Tensor, rows_e: Rows) -> tuple[Tensor, Tensor]:
+    def grad_x(self, grad_RF: Tensor, weight_eFD: Tensor, rows_e: list[int]) -> tuple[Tensor, Tensor]:
         """Contracted over F."""
 
-    def grad_w(self, grad_RF: Tensor, x_RD: Tensor, rows_e: Rows) -> tuple[Tensor, Tensor]:
+    def grad_w(self, grad_RF: Tensor, x_RD: Tensor, rows_e: list[int]) -> tuple[Tensor, Tensor]:
         """Contracted over the rows of each expert."""
 
 
@@ -69,7 +69,7 @@ def grouped_linear(
 
 @dataclass(frozen=True, slots=True)
 class _How:
-    rows_e: Rows
+    rows_e: list[int]
     form: str | Form
     before: Callable[..., Tensor] | None
     emulation: Emulation | None

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # Address of a mapping to the store that made it; an entry goes when its last tensor does.
 _STORES: dict[int, FileStore] = {}
@@ -104,38 +104,42 @@ def is_placed(tensor: Tensor) -> bool:
     return store_of(tensor) is not None
 
 
-class Placing(TorchFunctionMode):
+class Placing(TorchDispatchMode):
     """While active, what is made like a placed tensor is placed, if its store takes such state.
 
     Smaller ones than a page stay in memory: each would take a page all the same.
     """
 
-    def __torch_function__(
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing here is compiled; torch would import its compiler, for seconds
+
+    def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Replace ``zeros_like``, ``empty_like``, ``clone`` and ``float`` of placed tensors."""
+        """Replace what zeros_like, empty_like, clone and conversions of placed tensors make."""
         kwargs = kwargs or {}
         made = None
-        if args and isinstance(args[0], Tensor):
-            made = _made_like(getattr(func, "__name__", ""), args[0], kwargs.get("dtype"))
-        return func(*args, **kwargs) if made is None else made
+        if func in _MAKE_LIKE and args[0].is_contiguous():
+            made = _made_like(args[0], kwargs.get("dtype") or args[0].dtype)
+        if made is None:
+            return func(*args, **kwargs)
+        return made.copy_(args[0]) if _MAKE_LIKE[func] else made
 
 
-def _made_like(name: str, like: Tensor, dtype: torch.dtype | None) -> Tensor | None:
-    if name not in ("zeros_like", "empty_like", "clone", "float"):
-        return None
-    dtype = torch.float32 if name == "float" else dtype or like.dtype
-    if name == "float" and like.dtype == dtype:
-        return None  # the same tensor, nothing is made
+# Whether the values are copied too.
+_MAKE_LIKE = {
+    torch.ops.aten.zeros_like.default: False,
+    torch.ops.aten.empty_like.default: False,
+    torch.ops.aten.clone.default: True,
+    torch.ops.aten._to_copy.default: True,
+}
+
+
+def _made_like(like: Tensor, dtype: torch.dtype) -> Tensor | None:
     store = store_of(like)
-    if store is None or not store.training_state or not like.is_contiguous():
+    if store is None or not store.training_state or like.numel() * dtype.itemsize < mmap.PAGESIZE:
         return None
-    if like.numel() * dtype.itemsize < mmap.PAGESIZE:
-        return None
-    if name in ("clone", "float"):
-        if like.requires_grad and torch.is_grad_enabled():
-            return None
-        return store.zeros(tuple(like.shape), dtype).copy_(like)
     return store.zeros(tuple(like.shape), dtype)
 
 
@@ -152,14 +156,16 @@ class PlacingBuffers(Placing):
         super().__init__()
         self.buffer, self.store, self.holds_parameters = buffer, store, holds_parameters
 
-    def __torch_function__(
+    def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Replace ``zeros(numel)``: first the parameters, if there, then the gradients."""
         kwargs = kwargs or {}
-        whole = getattr(self.buffer, "numel", None)
-        if getattr(func, "__name__", "") == "zeros" and whole is not None and args == (whole,):
+        if func is torch.ops.aten.zeros.default and list(args[0]) == [self._numel()]:
             parameters = self.holds_parameters and self.buffer.param_data is None
             if parameters or self.store.training_state:
-                return self.store.zeros((whole,), kwargs["dtype"])
-        return super().__torch_function__(func, types, args, kwargs)
+                return self.store.zeros(tuple(args[0]), kwargs["dtype"])
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _numel(self) -> int | None:
+        return getattr(self.buffer, "numel", None)  # set by the buffer before it allocates

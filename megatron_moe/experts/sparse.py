@@ -189,10 +189,10 @@ def load_mask(linear: Any, state_dict: dict, prefix: str, error_msgs: list[str])
         if found:
             _say_left()
         return
-    parts = [found.get(f"{prefix}mask{i}") for i in range(len(linear.mask))]
+    keys = [f"{prefix}mask{i}" for i in range(len(linear.mask))]
     whole = found.get(f"{prefix}mask")
-    if whole is None and all(part is not None for part in parts):
-        whole = torch.stack(parts)
+    if whole is None and found.keys() >= set(keys):
+        whole = torch.stack([found[key] for key in keys])
     if whole is None:
         if not any(key.startswith(f"{prefix}weight") for key in state_dict):
             return  # nothing of this layer is loaded

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_moe.config import MoEConfig
 from megatron_moe.experts.fp8 import emulation_of
+from megatron_moe.experts.fp8_delayed import DelayedScales, load_scales
 from megatron_moe.experts.grouped_gemm import choose_form, grouped_linear
 from megatron_moe.experts.offload import ExpertOffload
 from megatron_moe.experts.sparse import Sparsity, check_inputs, load_mask
@@ -92,14 +93,25 @@ class StackedLinear(torch.nn.Module):
         weight: Tensor = self.weight
         if self.sparsity is not None and self.mask is not None:
             weight = self.sparsity.effective(weight, self.mask)
-        how = {"before": before, "emulation": self.emulation, "tf32": self.tf32}
-        return grouped_linear(x, weight, rows_e, form, **how)
+        return grouped_linear(
+            x, weight, rows_e, form, before=before, emulation=self.emulation, tf32=self.tf32
+        )
 
-    def saved_mask(self) -> Tensor | None:
-        """The mask that fits the weight, to be saved with it; None for dense weights."""
+    def saved_state(self) -> dict[str, Tensor]:
+        """What is saved beside the parameters, by name: ``(e, …)``, one entry an expert.
+
+        The mask of sparse weights, and what delayed scaling remembers.
+        """
+        state = {} if self.fp8_scales is None else self.fp8_scales.kept()
         if self.sparsity is not None and self.mask is not None:
             self.sparsity.refresh(self.weight, self.mask)
-        return self.mask
+            state["mask"] = self.mask
+        return state
+
+    @property
+    def fp8_scales(self) -> DelayedScales | None:
+        """The state of emulated delayed scaling; mostly None."""
+        return None if self.emulation is None else self.emulation.scales
 
     def bias_of_rows(self, rows_e: Sequence[int]) -> Tensor | None:
         """Each row's bias, ``(R, out)``; None without a bias."""
@@ -112,8 +124,8 @@ class StackedLinear(torch.nn.Module):
         for name, parameter in self.named_parameters():
             for i, one in enumerate(parameter.unbind(0)):
                 destination[f"{prefix}{name}{i}"] = one if keep_vars else one.detach()
-        if (mask := self.saved_mask()) is not None:
-            destination |= {f"{prefix}mask{i}": one for i, one in enumerate(mask.unbind(0))}
+        for name, stack in self.saved_state().items():
+            destination |= {f"{prefix}{name}{i}": one for i, one in enumerate(stack.unbind(0))}
 
     def _load_from_state_dict(
         self,
@@ -126,6 +138,7 @@ class StackedLinear(torch.nn.Module):
         error_msgs: list[str],
     ) -> None:
         load_mask(self, state_dict, prefix, error_msgs)
+        load_scales(self.fp8_scales, state_dict, prefix, error_msgs)
         if self.offload is not None:
             self.offload.end_batch()
         expected: set[str] = set()

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from megatron.training import argument_utils
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
-from megatron_moe.config import MoEConfig, check
+from megatron_moe.config import MoEConfig, MoEConfigError, check
 from megatron_moe.mcore.arguments import moe_config_from_args
 from megatron_moe.mcore.patching import applied
 from megatron_moe.mcore.specs import gpt_block_spec
@@ -35,6 +35,22 @@ class MoEGPTModelBuilder(GPTModelBuilder):
         super().__init__(model_config)
         if model_config.transformer_layer_spec is None:
             model_config.transformer_layer_spec = partial(gpt_block_spec, moe=model_config.moe)
+
+    def build_distributed_models(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """Build and wrap all stages of this rank; arguments as Megatron's.
+
+        Raises:
+            MoEConfigError: A wrapper is asked for under which experts were never shown to be right.
+        """
+        for option in ("use_megatron_fsdp", "use_torch_fsdp2"):
+            if kwargs.get(option):
+                raise MoEConfigError(
+                    f"{option} with the plugin's experts: it reduces gradients in a way of its own "
+                    "and runs on CUDA only, where it was never compared with other layouts; use "
+                    "--use-distributed-optimizer, which shards experts' optimizer state as well, "
+                    "or --moe-layer-impl megatron"
+                )
+        return super().build_distributed_models(*args, **kwargs)
 
     def build_model(self, *args: Any, **kwargs: Any) -> Any:
         """Build one stage; arguments as Megatron's."""

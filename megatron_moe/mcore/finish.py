@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_moe.experts import offload
-from megatron_moe.experts.fp8 import DelayedScales, end_delayed_batch
+from megatron_moe.experts.fp8_delayed import DelayedScales, end_delayed_batch
 from megatron_moe.mcore.hold import HOLD
 from megatron_moe.mcore.pruning import PRUNING
 from megatron_moe.route.part import end_global_batch

@@ -29,6 +29,7 @@ class Schedule(RouterPart):
             or (self.anneal_iters and (self.jitter or self.noise))
             or moe.routing_record
             or moe.routing_replay
+            or moe.sparse_experts != "none"  # the experts' schedule goes by the same count
         )
         self._finished: int | None = 0
 

@@ -9,6 +9,7 @@ from megatron_moe.patches.megatron import (
     loss_scale,
     norm_without_engine,
     optional_state,
+    place_offloaded,
     seam,
     synchronous_save,
 )
@@ -23,4 +24,5 @@ ALL: tuple[Patch, ...] = (
     *norm_without_engine.PATCHES,
     *fresh_optimizer.PATCHES,
     *optional_state.PATCHES,
+    *place_offloaded.PATCHES,
 )

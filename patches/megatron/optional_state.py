@@ -1,4 +1,4 @@
-"""A router's own state may be absent from a checkpoint that was saved before it was asked for."""
+"""A router's own state, or experts' masks, may be absent from a checkpoint saved without them."""
 
 import logging
 import re
@@ -8,8 +8,10 @@ from typing import Any
 from megatron_moe.mcore.patching import Patch
 
 _log = logging.getLogger("megatron_moe.checkpoint")
-# Everything of a router that Megatron has no name for.
-_OURS = re.compile(r"\.router\.(?!weight$|bias$|expert_bias$|qb_beta$)\w+$")
+# Everything of a router, or of sparse experts, that Megatron has no name for.
+_OURS = re.compile(
+    r"\.router\.(?!weight$|bias$|expert_bias$|qb_beta$)\w+$|\.linear_fc[12]\.(mask(_[wv])?|fp8_\w+)$"
+)
 
 
 def _load(
@@ -20,20 +22,24 @@ def _load(
     **kwargs: Any,
 ) -> Any:
     from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
     from torch.distributed.checkpoint import FileSystemReader
 
-    def ours(value: Any) -> bool:
-        return isinstance(value, ShardedTensor) and bool(_OURS.search(value.key))
+    def keys(value: Any) -> set[str]:
+        ours = isinstance(value, ShardedTensor | ShardedTensorFactory) and _OURS.search(value.key)
+        if not ours:
+            return set()
+        parts = nested_values(value.build()) if isinstance(value, ShardedTensorFactory) else [value]
+        return {part.key for part in parts}
 
-    asked = {value.key for value in nested_values(sharded_state_dict) if ours(value)}
+    asked = {key for value in nested_values(sharded_state_dict) for key in keys(value)}
     if asked:
         # Megatron's own listing makes empty tensors, by an argument that newer torch has not.
         absent = asked - FileSystemReader(checkpoint_dir).read_metadata().state_dict_metadata.keys()
         if absent:
             _log.warning("not in the checkpoint, left as it is: %s", ", ".join(sorted(absent)))
             _, sharded_state_dict = extract_matching_values(
-                sharded_state_dict, lambda value: ours(value) and value.key in absent
+                sharded_state_dict, lambda value: bool(keys(value) & absent)
             )
     return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
 

@@ -1,7 +1,6 @@
 """2:4 sparse experts in real training: any layout, any optimizer, across checkpoints."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,14 +8,18 @@ import torch
 from helpers.canonical import Piece, assemble
 from helpers.layout import Layout
 from helpers.runs import Job, Means, assert_same_run, merge, train
-from helpers.saved_run import SavedRun, assert_same_losses, resume, train_and_save
-from helpers.tolerances import assert_same
 from torch import Tensor
 
 from megatron_moe.config import MoEConfig
 
 GROUPED = {"moe_grouped_gemm": True}
-MODEL = {"moe_ffn_hidden_size": 16, **GROUPED}
+# No balancing loss: it belongs to a micro-batch, and their number is to change nothing.
+MODEL = {
+    "moe_ffn_hidden_size": 16,
+    "moe_router_load_balancing_type": "none",
+    "moe_aux_loss_coeff": 0.0,
+    **GROUPED,
+}
 # A decay that is felt: with the usual one, leaving it out would pass for rounding.
 SPARSE = MoEConfig(sparse_experts="2:4", sparse_decay=0.5)
 JOB = Job(model=MODEL, moe=SPARSE, empty_experts=(1,))
@@ -59,11 +62,6 @@ def test_every_layout_has_the_same_run_and_masks(pool, one_process, place):
     job = replace(JOB, **changes)
     expected, masks = one_process
     ranks = pool.run(train, job, means, world_size=world_size, timeout=120)
-    if changes:  # another number of micro-batches: Megatron logs the mean of their losses
-        found = merge(ranks, per_token=False)
-        assert_same(found.grads, expected.grads, "gradient")
-        assert_same(found.weights, expected.weights, "weight after the last step")
-        return
     assert_same_run(merge(ranks, per_token=False), expected)
     found_masks = assemble(pool.run(_masks, job, means, world_size=world_size))
     assert found_masks.keys() == masks.keys()
@@ -129,8 +127,12 @@ def test_frozen_masks_leave_exact_zeros_after_each_step(pool, kind):
 def test_the_start_survives_a_restart(pool):
     """Dense in iterations 0 and 1, of which the second is after a restart."""
     moe = replace(SPARSE, sparse_start_iter=2)
-    for steps in pool.run(_restarted, Job(model=MODEL, moe=moe, steps=3), world_size=1):
-        assert [all(m.all() for m in step.masks) for step in steps] == [True, True, False]
+    job = Job(model=MODEL, moe=moe, steps=1)
+    ((first, state),) = pool.run(_train_from, job, None, world_size=1)
+    ((second, _),) = pool.run(_train_from, replace(job, steps=2), state, world_size=1)
+    steps = [*first, *second]
+    assert [all(m.all() for m in step.masks) for step in steps] == [True, True, False]
+    assert all((m.view(-1, 4).sum(-1) == 2).all() for m in steps[2].masks)
 
 
 def _train_steps(world: Any, job: Job, means: Means) -> list[Step]:
@@ -140,15 +142,15 @@ def _train_steps(world: Any, job: Job, means: Means) -> list[Step]:
     return [_step(training) for _ in range(job.steps)]
 
 
-def _restarted(world: Any, job: Job) -> list[Step]:
+def _train_from(world: Any, job: Job, state: dict | None) -> tuple[list[Step], dict]:
     from helpers.training_run import Training
 
-    first = Training(job, Means())
-    out = [_step(first)]
-    second = Training(job, Means())
-    for new, old in zip(second.chunks, first.chunks, strict=True):
-        new.load_state_dict(old.state_dict())
-    return [*out, *(_step(second) for _ in range(job.steps - 1))]
+    training = Training(job, Means())
+    (chunk,) = training.chunks
+    if state is not None:
+        chunk.load_state_dict(state)
+    steps = [_step(training) for _ in range(job.steps)]
+    return steps, {k: v for k, v in chunk.state_dict().items() if v is not None}
 
 
 def _step(training: Any) -> Step:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,22 +27,43 @@ def matmul_limit(
     gate = _Product(
         torch.randn(NUM_TOKENS, shape.hidden), torch.randn(shape.num_experts, shape.hidden)
     )
-    copies, halves = sum(rows_e), 2 if gated else 1
-    fc1 = [torch.randn(halves * shape.ffn, shape.hidden, dtype=dtype) for _ in rows_e]
-    fc2 = [torch.randn(shape.hidden, shape.ffn, dtype=dtype) for _ in rows_e]
-    x = torch.randn(copies, shape.hidden, dtype=dtype).split(rows_e)
-    act_RF = torch.randn(copies, shape.ffn, dtype=dtype)
-    first = [_Product(x_rD, w) for x_rD, w in zip(x, fc1, strict=True)]
-    second = [_Product(a_rF, w) for a_rF, w in zip(act_RF.split(rows_e), fc2, strict=True)]
-    activate = _gated(copies, shape.ffn, dtype) if gated else _plain(copies, shape.ffn, dtype)
+    experts = experts_limit(shape.hidden, shape.ffn, rows_e, dtype, gated=gated)
 
     def step() -> None:
-        for product in (gate, *first):
+        gate.forward()
+        experts()
+        gate.backward()
+
+    return step
+
+
+def experts_limit(
+    hidden: int,
+    ffn: int,
+    rows_e: list[int],
+    dtype: torch.dtype,
+    device: str = "cpu",
+    *,
+    gated: bool,
+) -> Callable[[], None]:
+    """The experts' part of it: six products an expert, the activation and its derivative."""
+    kwargs: dict[str, Any] = {"dtype": dtype, "device": device}
+    copies, halves = sum(rows_e), 2 if gated else 1
+    fc1 = [torch.randn(halves * ffn, hidden, **kwargs) for _ in rows_e]
+    fc2 = [torch.randn(hidden, ffn, **kwargs) for _ in rows_e]
+    x = torch.randn(copies, hidden, **kwargs).split(rows_e)
+    act_RF = torch.randn(copies, ffn, **kwargs)
+    first = [_Product(x_rD, w) for x_rD, w in zip(x, fc1, strict=True)]
+    second = [_Product(a_rF, w) for a_rF, w in zip(act_RF.split(rows_e), fc2, strict=True)]
+    activate = (_gated if gated else _plain)(copies, ffn, kwargs)
+
+    def step() -> None:
+        for product in first:
             product.forward()
         activate()
-        for product in (*second,):
+        for product in second:
             product.forward()
-        for product in (*second, *first, gate):
+        for product in (*second, *first):
             product.backward()
 
     return step
@@ -52,7 +74,7 @@ class _Product:
 
     def __init__(self, x_RD: Tensor, w_FD: Tensor) -> None:
         self.x, self.w = x_RD, w_FD
-        self.y = torch.randn(x_RD.shape[0], w_FD.shape[0], dtype=x_RD.dtype)
+        self.y = x_RD.new_empty(x_RD.shape[0], w_FD.shape[0]).normal_()
         self.grad_y = torch.randn_like(self.y)
         self.grad_x, self.grad_w = torch.empty_like(x_RD), torch.empty_like(w_FD)
 
@@ -64,8 +86,8 @@ class _Product:
         torch.mm(self.grad_y.t(), self.x, out=self.grad_w)
 
 
-def _plain(copies: int, ffn: int, dtype: torch.dtype) -> Callable[[], None]:
-    h, grad = torch.randn(copies, ffn, dtype=dtype), torch.randn(copies, ffn, dtype=dtype)
+def _plain(copies: int, ffn: int, kwargs: dict[str, Any]) -> Callable[[], None]:
+    h, grad = torch.randn(copies, ffn, **kwargs), torch.randn(copies, ffn, **kwargs)
     out, grad_h = torch.empty_like(h), torch.empty_like(h)
 
     def activate() -> None:
@@ -75,8 +97,8 @@ def _plain(copies: int, ffn: int, dtype: torch.dtype) -> Callable[[], None]:
     return activate
 
 
-def _gated(copies: int, ffn: int, dtype: torch.dtype) -> Callable[[], None]:
-    h, grad = torch.randn(copies, 2 * ffn, dtype=dtype), torch.randn(copies, ffn, dtype=dtype)
+def _gated(copies: int, ffn: int, kwargs: dict[str, Any]) -> Callable[[], None]:
+    h, grad = torch.randn(copies, 2 * ffn, **kwargs), torch.randn(copies, ffn, **kwargs)
     gate, linear = h.chunk(2, dim=-1)
 
     def activate() -> None:

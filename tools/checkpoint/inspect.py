@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 from megatron_moe.tools.checkpoint.model.atoms import WEIGHT
+from megatron_moe.tools.checkpoint.model.catalogue import is_buffer
 from megatron_moe.tools.checkpoint.read.open import pipeline_of, style_of
 from megatron_moe.tools.checkpoint.read.opened import Opened
 
@@ -18,7 +19,8 @@ def facts(opened: Opened) -> dict[str, Any]:
     counts: dict[str, int] = defaultdict(int)
     for atom, held in opened.tensors.atoms.items():
         sizes[atom.role] += held.nbytes
-        counts[atom.role] += prod(held.shape)
+        if not is_buffer(atom.name):
+            counts[atom.role] += prod(held.shape)
     experts = inventory.num_experts
     moe_layers = [n for n, layer in sorted(inventory.layers.items()) if layer.num_experts]
     return {
@@ -39,7 +41,7 @@ def facts(opened: Opened) -> dict[str, Any]:
         "layers in torch_dist": _stacking(opened),
         "parameters": counts[WEIGHT],
         "weight types": sorted({h.dtype.name for a, h in opened.tensors.atoms.items()
-                                if a.role == WEIGHT}),
+                                if a.role == WEIGHT and not is_buffer(a.name)}),
         "optimizer": opened.optimizer.kind if opened.optimizer else None,
         "bytes": dict(sizes),
         "files": len(opened.files),

@@ -10,7 +10,8 @@ import pytest
 import torch
 from helpers.fp8_by_hand import E4M3, E5M2, LARGEST, hard_numbers, values_by_hand
 
-from megatron_moe.experts.fp8 import RECIPES, DelayedScales, Fp8Emulation, Fp8Recipe
+from megatron_moe.experts.fp8 import RECIPES, Fp8Emulation, Fp8Recipe
+from megatron_moe.experts.fp8_delayed import DelayedScales, load_scales
 
 FP32_MAX = torch.finfo(torch.float32).max
 
@@ -177,19 +178,44 @@ def test_end_of_batch_reduces_before_it_steps():
     assert scales.scale.tolist() == [[64.0, 32.0, 1.0]]
 
 
-def test_state_survives_a_checkpoint_and_a_cast_of_the_module():
-    recipe = Fp8Recipe("delayed", amax_history_len=3)
-    first, second = Fp8Emulation(recipe, 2), Fp8Emulation(recipe, 2)
-    first.scales.record("x", torch.tensor([1.1, 2.3]))
-    first.scales.end_batch()
-    assert sorted(first.state_dict()) == ["scales.amax_history", "scales.scale"]
-    second.load_state_dict(first.state_dict())
-    assert torch.equal(second.scales.scale, first.scales.scale)
-    assert torch.equal(second.scales.amax_history, first.scales.amax_history)
-    second.bfloat16()
-    assert second.scales.scale.dtype == torch.float32
-    assert torch.equal(second.scales.scale, first.scales.scale)
-    assert not torch.equal(first.scales.scale, first.scales.scale.bfloat16().float())
+def scales_that_saw(*amaxes):
+    scales = DelayedScales(Fp8Recipe("delayed", amax_history_len=3), len(amaxes))
+    scales.record("x", torch.tensor(amaxes))
+    scales.end_batch()
+    return scales
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_state_survives_a_checkpoint(stacked):
+    first, second = scales_that_saw(1.1, 2.3), scales_that_saw(7.0, 7.0)
+    state = {
+        f"fc.{name}{suffix}": part.clone()
+        for name, kept in first.kept().items()
+        for suffix, part in ([("", kept)] if stacked else enumerate(kept))
+    }
+    errors = []
+    load_scales(second, state, "fc.", errors)
+    assert not errors and not state
+    assert torch.equal(second.scale, first.scale)
+    assert torch.equal(second.amax_history, first.amax_history)
+
+
+def test_state_that_is_absent_or_over_is_no_fault_but_another_length_is():
+    scales, errors = scales_that_saw(7.0, 7.0), []
+    before = scales.scale.clone()
+    load_scales(scales, {}, "fc.", errors)
+    load_scales(None, state := {"fc.fp8_scale": before}, "fc.", errors)
+    assert not errors and not state and torch.equal(scales.scale, before)
+    load_scales(scales, {"fc.fp8_amax_history": torch.zeros(2, 3, 9)}, "fc.", errors)
+    assert "--fp8-amax-history-len must be what it was" in errors[0]
+
+
+def test_state_is_not_cast_with_the_module():
+    scales = scales_that_saw(1.1, 2.3)
+    before = scales.scale.clone()
+    scales.bfloat16()
+    assert torch.equal(scales.scale, before)
+    assert not torch.equal(before, before.bfloat16().float())
 
 
 def test_recipes_defaults():

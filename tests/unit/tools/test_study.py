@@ -19,16 +19,18 @@ from rich.console import Console
 from megatron_moe.config import MoEConfig
 from megatron_moe.route.decision import Routing
 from megatron_moe.tools.study import kept, measures, picture, tables, watch
-from megatron_moe.tools.study.command import asked_plan, command
-from megatron_moe.tools.study.compare import MEASURES, Estimate, Study, estimate, outcome
+from megatron_moe.tools.study.command import asked_plan, study_command
+from megatron_moe.tools.study.compare import Estimate, Study, estimate, outcome
 from megatron_moe.tools.study.files import written_whole
-from megatron_moe.tools.study.findings import findings, loss_verdict, signed
+from megatron_moe.tools.study.findings import loss_verdict, signed
 from megatron_moe.tools.study.history import Point, Run
-from megatron_moe.tools.study.plan import FULL, QUICK, Plan
+from megatron_moe.tools.study.plan import Plan
+from megatron_moe.tools.study.routing import FULL, QUICK, ROUTING, findings
 from megatron_moe.tools.study.text import cut
-from megatron_moe.tools.study.variants import BASELINE, FAMILIES, VARIANTS, row_of, with_controls
+from megatron_moe.tools.study.variants import BASELINE, VARIANTS
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "routing_study.py"
+FAMILIES = ("choice", "balance", "capacity", "stability")
 SIZES = Plan(steps=40, seeds=3, measurements=4)
 
 
@@ -51,7 +53,8 @@ def made_run(variant, seed=1, *, loss=4.0, variance=0.25, churn=0.2, drop=0.0, m
                 **measured,
             )
         )
-    return Run(variant=variant, seed=seed, points=tuple(points), seconds=1.0)
+    rest = {"cpu_seconds": 1.0, "skipped": 0, "state_bytes": 16.0, "held_bytes": 1024}
+    return Run(variant=variant, seed=seed, points=tuple(points), seconds=1.0, **rest)
 
 
 def made_study(**by_variant):
@@ -61,7 +64,8 @@ def made_study(**by_variant):
             made_run(name.replace("_", "-"), seed, **{k: v[seed - 1] for k, v in values.items()})
             for name, values in by_variant.items()
             for seed in (1, 2, 3)
-        ]
+        ],
+        ROUTING,
     )
 
 
@@ -80,26 +84,27 @@ def test_every_variant_has_its_control_and_options_that_exist():
         assert variant.unbalanced in {"", *VARIANTS}
         assert ours >= {*variant.moe, *variant.schedule}
     assert set(QUICK.chosen) <= set(VARIANTS)
+    assert ROUTING.families == FAMILIES and ROUTING.baseline == BASELINE
     assert {VARIANTS[name].family for name in QUICK.chosen} == set(FAMILIES)
 
 
 def test_controls_come_along_and_controls_of_controls():
-    assert with_controls(["bias-sign"]) == [BASELINE, "none", "sigmoid-none", "bias-sign"]
-    assert with_controls(["noise", "hash"]) == [BASELINE, "hash", "none", "noise"]
+    assert ROUTING.with_controls(["bias-sign"]) == [BASELINE, "none", "sigmoid-none", "bias-sign"]
+    assert ROUTING.with_controls(["noise", "hash"]) == [BASELINE, "hash", "none", "noise"]
 
 
 def test_a_row_holds_a_family_and_what_it_is_compared_with():
     names = [BASELINE, "switch", "none", "kl", "noise"]
-    assert row_of("balance", names) == [BASELINE, "none", "kl"]
-    assert row_of("stability", names) == [BASELINE, "noise"]
-    assert row_of("capacity", names) == []
+    assert ROUTING.row_of("balance", names) == [BASELINE, "none", "kl"]
+    assert ROUTING.row_of("stability", names) == [BASELINE, "noise"]
+    assert ROUTING.row_of("capacity", names) == []
 
 
 def test_the_user_s_options_change_the_plan():
-    plan = asked_plan(FULL, ("kl",), 7, 5)
+    plan = asked_plan(ROUTING, FULL, ("kl",), 7, 5)
     assert (plan.chosen, plan.steps, plan.seeds) == ((BASELINE, "none", "kl"), 7, 5)
     assert plan.measured_steps() == [1, 2, 3, 4, 5, 6, 7]
-    assert asked_plan(FULL, None, None, None).chosen == tuple(VARIANTS)
+    assert asked_plan(ROUTING, FULL, None, None, None).chosen == tuple(VARIANTS)
 
 
 def test_last_step_is_measured_whatever_the_numbers():
@@ -224,19 +229,21 @@ def test_estimates_are_student_s():
 
 
 def test_outcome_is_the_last_loss_and_the_second_half_of_all_else():
-    found = outcome(made_run(BASELINE, loss=4.0, variance=0.25, churn=0.2, drop=0.1))
+    run = made_run(BASELINE, loss=4.0, variance=0.25, churn=0.2, drop=0.1)
+    found = outcome(run, (*ROUTING.measures, "state_bytes"))
     assert found["loss"] == pytest.approx(4.001)
     assert (found["variance"], found["cv"], found["drop_rate"]) == (0.25, 0.5, 0.1)
     assert found["churn"] == pytest.approx(0.2) and found["mean_k"] == 2.0
-    assert set(found) == set(MEASURES)
+    assert found["state_bytes"] == 16.0, "of the run, not of its points"
 
 
 def test_what_was_not_measured_is_no_number_and_on_no_side():
     short = made_run(BASELINE)
     short = replace(short, points=(replace(short.points[0], churn=None, context_churn=None),))
-    assert math.isnan(outcome(short)["churn"])
+    assert math.isnan(outcome(short, ROUTING.measures)["churn"])
     study = Study(
-        [replace(short, variant=name, seed=s) for name in ("topk", "noise") for s in (1, 2)]
+        [replace(short, variant=name, seed=s) for name in ("topk", "noise") for s in (1, 2)],
+        ROUTING,
     )
     assert study.difference("noise", "topk", "churn").sign == 0
     assert "churn on the probe nan% without, nan% with" in said(study)
@@ -288,7 +295,7 @@ def test_a_leaking_choice_is_never_ranked():
 
 
 def test_one_seed_promises_nothing():
-    study = Study([made_run(BASELINE, loss=4.0), made_run("none", loss=9.0)])
+    study = Study([made_run(BASELINE, loss=4.0), made_run("none", loss=9.0)], ROUTING)
     text = said(study, replace(SIZES, seeds=1))
     assert "One seed: no difference above can be told from noise" in text
     assert "±" not in text and "Worse" not in text
@@ -352,7 +359,7 @@ def test_picture_has_every_panel_and_line(tmp_path):
     targets = [tmp_path / "a.svg", tmp_path / "b.svg", tmp_path / "c.png"]
     picture.draw(some_study(), SIZES, targets)
     text = targets[0].read_text()
-    for panel in picture.PANELS:
+    for panel in ROUTING.panels:
         assert f">{panel.title}<" in text
     for word in ("expert-choice", "capacity-probs", *FAMILIES):
         assert f">{word}<" in text
@@ -363,11 +370,11 @@ def test_picture_has_every_panel_and_line(tmp_path):
 
 def test_lines_are_means_over_seeds_and_the_first_churn_is_left_out():
     study = made_study(topk={"churn": [0.1, 0.2, 0.3]}, none={"loss": [4.1, 4.2, 4.6]})
-    panels = {panel.title: panel for panel in picture.PANELS}
+    panels = {panel.title: panel for panel in ROUTING.panels}
     steps, mean, low, high = picture.over_time(study, "topk", panels["churn on a fixed probe"])
     assert steps == [20, 30, 40]
     assert (mean[-1], low[-1], high[-1]) == (pytest.approx(0.2), 0.1, 0.3)
-    compared = next(panel for panel in picture.PANELS if panel.compared)
+    compared = next(panel for panel in ROUTING.panels if panel.compared)
     _, mean, low, high = picture.over_time(study, "none", compared)
     assert (mean[-1], low[-1], high[-1]) == tuple(map(pytest.approx, (0.3, 0.1, 0.6)))
 
@@ -384,25 +391,27 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
 
 def test_finished_runs_are_found_again_unless_something_differs(tmp_path):
     run = made_run("kl", seed=2)
-    kept.keep(tmp_path, SIZES, run)
-    assert kept.find(tmp_path, replace(SIZES, seeds=9), "kl", 2) == run
-    assert kept.find(tmp_path, SIZES, "kl", 1) is None
-    assert kept.find(tmp_path, replace(SIZES, steps=41), "kl", 2) is None
+    kl = VARIANTS["kl"]
+    kept.keep(tmp_path, SIZES, kl, run)
+    assert kept.find(tmp_path, replace(SIZES, seeds=9), kl, 2) == run
+    assert kept.find(tmp_path, SIZES, kl, 1) is None
+    assert kept.find(tmp_path, replace(SIZES, steps=41), kl, 2) is None
+    assert kept.find(tmp_path, SIZES, replace(kl, precision="bf16"), 2) is None
 
 
 # The command
 
 
 def test_an_unknown_variant_is_refused_by_name():
-    result = CliRunner().invoke(command, ["--variants", "topk,best"])
+    result = CliRunner().invoke(study_command(ROUTING), ["--variants", "topk,best"])
     assert result.exit_code == 2
     assert "best: not one of topk, sigmoid, switch" in result.output
 
 
 def test_without_matplotlib_it_says_so_at_once(monkeypatch):
-    module = sys.modules[command.callback.__module__]
+    module = sys.modules[study_command.__module__]
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    result = CliRunner().invoke(command, ["--quick"])
+    result = CliRunner().invoke(study_command(ROUTING), ["--quick"])
     assert result.exit_code == 1
     assert "the picture needs matplotlib: pip install 'megatron-moe[study]'" in result.output
 
@@ -434,7 +443,8 @@ def test_a_tiny_study_runs_to_its_picture(tmp_path):
         [
             Run(**run | {"points": tuple(Point(**point) for point in run["points"])})
             for run in everything["runs"]
-        ]
+        ],
+        ROUTING,
     )
     assert study.measured("switch", "mean_k").mean == 1.0
     assert study.work("switch", QUICK) == 1.0

@@ -107,6 +107,13 @@ _FEED_FORWARD = [
     Rule("mlp.experts.linear_fc1.bias", "rows", gated=True),
     Rule("mlp.experts.linear_fc2.weight", "columns"),
     Rule("mlp.experts.linear_fc2.bias"),
+    Rule("mlp.experts.linear_fc1.mask", "rows", gated=True, buffer=True),
+    Rule("mlp.experts.linear_fc2.mask", "columns", buffer=True),
+    *(
+        Rule(f"mlp.experts.linear_{fc}.{name}", buffer=True)
+        for fc in ("fc1", "fc2")
+        for name in ("fp8_scale", "fp8_amax_history")
+    ),
     Rule("mlp.shared_experts.gate_weight"),
     Rule("mlp.shared_experts.linear_fc1.weight", "rows", gated=True),
     Rule("mlp.shared_experts.linear_fc1.bias", "rows", gated=True),
@@ -150,6 +157,17 @@ def rules() -> tuple[Rule, ...]:
 
 
 @cache
+def _buffer_endings() -> tuple[str, ...]:
+    names = (rule.name.removeprefix("mlp.experts.") for rule in rules() if rule.buffer)
+    return tuple(f".{name}{half}" for name in names for half in ("", ".gate", ".up"))
+
+
+def is_buffer(atom: str) -> bool:
+    """Whether an atom of this name is saved, but not trained."""
+    return atom.endswith(_buffer_endings())
+
+
+@cache
 def _by_name(scope: str) -> dict[str, Rule]:
     names: dict[str, Rule] = {}
     for rule in rules():
@@ -186,9 +204,10 @@ class Key:
 _DECODER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _MTP_INNER = re.compile(r"mtp\.layers\.(\d+)\.(?:transformer_layer|mtp_model_layer)\.(.+)")
 _MTP_OUTER = re.compile(r"mtp\.layers\.(\d+)\.(.+)")
-_SEQUENTIAL = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12]\.(?:weight|bias))")
-_GROUPED = re.compile(r"mlp\.experts\.(linear_fc[12]\.(?:weight|bias))(\d+)")
-_STACKED = re.compile(r"mlp\.experts\.(linear_fc[12]\.(?:weight|bias))")
+_IN_EXPERT = r"(linear_fc[12]\.(?:weight|bias|mask|fp8_scale|fp8_amax_history))"
+_SEQUENTIAL = re.compile(r"mlp\.experts\.local_experts\.(\d+)\." + _IN_EXPERT)
+_GROUPED = re.compile(rf"mlp\.experts\.{_IN_EXPERT}(\d+)")
+_STACKED = re.compile(rf"mlp\.experts\.{_IN_EXPERT}")
 _GROUPED_MLP = {"mlp.experts.weight1": "fc1", "mlp.experts.weight2": "fc2"}
 _EXTRA = re.compile(r"\._extra_state\d*(/|$)")
 _LAYER_PREFIX = re.compile(
@@ -246,14 +265,14 @@ def parse_module_key(name: str) -> Key | None:
 
 
 _DIST_STACKED_LAYERS = re.compile(r"decoder\.layers\.(?!\d)(.+)")
-_DIST_EXPERTS = re.compile(r"mlp\.experts\.experts\.((?:\d+\.)?)(linear_fc[12]\.(?:weight|bias))")
+_DIST_EXPERTS = re.compile(rf"mlp\.experts\.experts\.((?:\d+\.)?){_IN_EXPERT}")
 _HALF = re.compile(r"(.+)_([wv])")
 
 
 def _in_dist_layer(name: str) -> Key | None:
     """Understand the name of a tensor within a layer of ``torch_dist``."""
     half = None
-    if (found := _HALF.fullmatch(name)) and found[1].endswith((".weight", ".bias")):
+    if (found := _HALF.fullmatch(name)) and found[1].endswith((".weight", ".bias", ".mask")):
         name, half = found[1], "wv".index(found[2])
     names = _by_name("layer")
     if found := _DIST_EXPERTS.fullmatch(name):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_moe.tools.checkpoint.errors import CheckpointError
 from megatron_moe.tools.checkpoint.model.arrays import Array
 from megatron_moe.tools.checkpoint.model.boxes import Shape
 from megatron_moe.tools.checkpoint.model.buffers import Parameter
@@ -208,6 +209,10 @@ class Rank:
             template, shape, ("expert",), (first,), single.halves, None, single.cut,
             single.index, single.count, transposed,
         )  # fmt: skip
+        if transposed and kind.rule.buffer:
+            raise CheckpointError(
+                f"--experts grouped_mlp: {name} has no place in GroupedMLP; pass --experts stacked"
+            )
         if transposed:
             name = "mlp.experts.weight1" if "fc1" in name else "mlp.experts.weight2"
         return name, Key(kind.rule, expert=0, stacked=True, transposed=transposed), array

@@ -8,7 +8,7 @@ from megatron_moe.tools.checkpoint.errors import CheckpointError
 from megatron_moe.tools.checkpoint.model.atoms import MASTER, STATES, WEIGHT, AtomId
 from megatron_moe.tools.checkpoint.model.boxes import fault_of_cover
 from megatron_moe.tools.checkpoint.model.buffers import Parameter
-from megatron_moe.tools.checkpoint.model.catalogue import rules
+from megatron_moe.tools.checkpoint.model.catalogue import is_buffer
 from megatron_moe.tools.checkpoint.model.inventory import Inventory, take
 from megatron_moe.tools.checkpoint.model.layout import Coordinates, Pipeline
 from megatron_moe.tools.checkpoint.model.members import runs_stacked
@@ -146,9 +146,8 @@ def _check_optimizer(opened: Opened) -> None:
     states = {role for role in STATES if any(a.role == role for a in atoms)}
     if not states:
         return
-    buffers = tuple(f".{rule.name}" for rule in rules() if rule.buffer)
     for atom, weight in atoms.items():
-        if atom.role != WEIGHT or atom.name.endswith(buffers):
+        if atom.role != WEIGHT or is_buffer(atom.name):
             continue
         for role in sorted(states):
             held = atoms.get(AtomId(atom.name, role))
