@@ -188,7 +188,9 @@ def check(transformer: Any, moe: MoEConfig | None = None) -> None:
         MoEConfigError: One line for each fault, naming option, value, rule and the way out.
     """
     # Here, so that reading the options imports no torch.
+    from megatron_moe.experts.offload_options import offload_faults
     from megatron_moe.experts.options import expert_faults
+    from megatron_moe.experts.sparse_options import sparse_faults
     from megatron_moe.route.options import routing_faults
 
     moe = moe or MoEConfig()
@@ -198,6 +200,7 @@ def check(transformer: Any, moe: MoEConfig | None = None) -> None:
         if r.refused(value := getattr(transformer, r.option, None))
     ]
     faults += routing_faults(transformer, moe) + expert_faults(transformer, moe)
+    faults += sparse_faults(transformer, moe) + offload_faults(transformer, moe)
     faults += _layout_faults(transformer)
     if faults:
         raise MoEConfigError("\n".join(faults))

@@ -14,6 +14,7 @@ MAY_IMPORT_MEGATRON = {
     "telemetry/tracker.py",
     "experts/sequential.py",
     "experts/grouped.py",
+    "experts/stacked.py",
     "experts/sharding.py",
 }
 FOLDERS = ("route", "dispatch", "experts", "combine", "parallel", "telemetry")

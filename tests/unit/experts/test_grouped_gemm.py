@@ -164,13 +164,14 @@ def test_each_product_has_its_own_operands_in_fp8(form, recipe):
 
 
 def test_auto_falls_back_where_grouped_mm_does_not_run():
-    cpu = torch.device("cpu")
-    assert choose_form("auto", cpu, torch.float32, W, [8]) == "grouped_mm"
-    assert choose_form("auto", cpu, torch.int32, W, [8]) == "loop"
-    assert choose_form("loop", cpu, torch.float32, W, [8]) == "loop"
-    assert choose_form("batched", cpu, torch.float32, W, [8]) == "batched"
+    cpu, large = torch.device("cpu"), torch.empty(4, 2048, 1024, device="meta")
+    rows = [64, 64, 64, 64]
+    assert choose_form("auto", cpu, torch.float32, large, rows) == "grouped_mm"
+    assert choose_form("auto", cpu, torch.int32, large, rows) == "loop"
+    assert choose_form("loop", cpu, torch.float32, large, rows) == "loop"
+    assert choose_form("batched", cpu, torch.float32, large, rows) == "batched"
     with pytest.raises(ValueError, match=r"moe_expert_gemm \(grouped_mm\) does not run on cpu"):
-        choose_form("grouped_mm", cpu, torch.int32, W, [8])
+        choose_form("grouped_mm", cpu, torch.int32, large, rows)
 
 
 def test_tf32_is_allowed_while_experts_multiply_and_nowhere_else():
