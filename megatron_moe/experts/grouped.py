@@ -105,12 +105,12 @@ class GroupedExperts(MegatronModule):
         if c.moe_apply_probs_on_input:
             tokens = (tokens * probs.unsqueeze(-1)).to(tokens.dtype)
             weights = None
-        hidden = self.linear_fc1.product(tokens, rows_e)
+        hidden = self.linear_fc1(tokens, rows_e)
         between = (hidden, weights, self.linear_fc1.bias_of_rows(rows_e))
         if self.recompute_activation and self.training:
-            out = self.linear_fc2.product(between, rows_e, before=self._activate)
+            out = self.linear_fc2(between, rows_e, before=self._activate)
         else:
-            out = self.linear_fc2.product(self._activate(*between), rows_e)
+            out = self.linear_fc2(self._activate(*between), rows_e)
         if (bias := self.linear_fc2.bias_of_rows(rows_e)) is not None:
             out = out + (bias if weights is None else bias * probs.unsqueeze(-1)).to(out.dtype)
         return out, None

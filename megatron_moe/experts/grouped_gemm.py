@@ -31,7 +31,9 @@ class Emulation(Protocol):
     def forward(self, x_RD: Tensor, weight_eFD: Tensor, rows_e: list[int]) -> tuple[Tensor, Tensor]:
         """Contracted over D."""
 
-    def grad_x(self, grad_RF: Tensor, weight_eFD: Tensor, rows_e: list[int]) -> tuple[Tensor, Tensor]:
+    def grad_x(
+        self, grad_RF: Tensor, weight_eFD: Tensor, rows_e: list[int]
+    ) -> tuple[Tensor, Tensor]:
         """Contracted over F."""
 
     def grad_w(self, grad_RF: Tensor, x_RD: Tensor, rows_e: list[int]) -> tuple[Tensor, Tensor]:

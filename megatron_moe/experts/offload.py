@@ -106,7 +106,7 @@ class ExpertOffload:
         rows_e: Sequence[int],
         before: Callable[..., Tensor] | None = None,
     ) -> Tensor:
-        """As ``StackedLinear.product``, with one expert's weight after the other from the cache.
+        """As ``StackedLinear.forward``, with one expert's weight after the other from the cache.
 
         Raises:
             ValueError: The weight has left its file.

@@ -71,13 +71,15 @@ class StackedLinear(torch.nn.Module):
         self.gemm, self.tf32 = moe.expert_gemm, moe.expert_tf32
         self.emulation = emulation_of(config, moe, num_local_experts, device)
 
-    def product(
+    def forward(
         self,
         x: Tensor | tuple[Tensor | None, ...],
         rows_e: Sequence[int],
         before: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         """Multiply each expert's rows by its weight; the bias is not added.
+
+        To be called as a module: Megatron waits for gathered weights in the hooks of the call.
 
         Args:
             x: Rows by expert, ``(R, in)``; with ``before``, its arguments.

@@ -40,6 +40,9 @@ MEANS = {
     ),
     "allgather-distopt-overlap": Means(model=GATHER, distributed_optimizer=True, overlap=True),
     "alltoall-grouped-overlap": Means(model=GROUPED, overlap=True),
+    "alltoall-grouped-distopt-overlap": Means(
+        model=GROUPED, distributed_optimizer=True, overlap=True
+    ),
     "alltoall-batched-activation": Means(
         model=GROUPED | ACTIVATION, moe={"expert_gemm": "batched"}
     ),
@@ -165,6 +168,15 @@ AWKWARD = [
     *awkward("empty-expert", Job(empty_experts=(0,)), EP4, TP2_EP2, ETP2),
     *awkward("empty-rank", Job(empty_experts=(2, 3)), EP2, TP2_EP4, ETP2),
     *awkward("empty-rank-overlap", Job(empty_experts=(2, 3)), EP2, TP2_EP2, overlap=True),
+    *awkward(
+        "gather-overlap",
+        Job(steps=4, model=GROUPED),
+        (2, Layout()),
+        EP2,
+        (4, Layout(ep=2)),
+        overlap=True,
+        distributed_optimizer=True,
+    ),
     *awkward("empty-rank-allgather", Job(empty_experts=(0, 1)), TP2_EP2, model=GATHER),
     *awkward("per-token", PER_TOKEN, EP2, TP2, TP2_EP2, PP2_EP2),
     *awkward("per-token-losses", replace(PER_TOKEN, model=PER_TOKEN.model | MANY_LOSSES), TP2_EP2),

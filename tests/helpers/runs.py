@@ -52,7 +52,8 @@ class Means:
         model: Fields of ``TransformerConfig`` (dispatcher, recompute, ...).
         moe: Fields of ``MoEConfig`` (form of the experts' GEMM, ...).
         distributed_optimizer: Whether optimizer states are sharded over data-parallel ranks.
-        overlap: Whether gradients are reduced during the backward pass, in small buckets.
+        overlap: Whether gradients are reduced during the backward pass, in small buckets, and with
+            a distributed optimizer weights gathered during the forward pass.
     """
 
     layout: Layout = field(default_factory=Layout)

@@ -84,6 +84,9 @@ class Training:
 
     def weights(self) -> list[Piece]:
         """Return this rank's pieces of the weights, and the routers' expert biases."""
+        for chunk in self.ddp:
+            if chunk.ddp_config.overlap_param_gather:  # else they come with the next forward
+                chunk.start_param_sync(force_sync=True)
         return self._pieces(lambda parameter: parameter.data) + bias_pieces(self.ddp)
 
     def update(self) -> float:
@@ -121,6 +124,7 @@ def _wrap(config: Any, chunk: Any, index: int, means: Means) -> DistributedDataP
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=means.overlap,
+        overlap_param_gather=means.overlap and means.distributed_optimizer,
         use_distributed_optimizer=means.distributed_optimizer,
         bucket_size=1000 if means.overlap else None,  # elements: several buckets even here
     )
@@ -144,6 +148,7 @@ def _optimizer(ddp: list, means: Means) -> Any:
             params_dtype=config.params_dtype,
             initial_loss_scale=2.0**10,  # the usual 2**32 would skip the first steps
             use_distributed_optimizer=means.distributed_optimizer,
+            overlap_param_gather=means.overlap and means.distributed_optimizer,
         ),
         ddp,
         use_gloo_process_groups=False,

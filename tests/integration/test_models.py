@@ -46,6 +46,28 @@ def build_gpt(world: Any, layout: Layout, changes: dict) -> tuple:
     return _moe_layers(model), *_loss_of(model)
 
 
+def build_wrapped(world: Any, option: str) -> str:
+    from helpers.megatron_world import enter_layout, moe_config
+
+    from megatron_moe.config import MoEConfigError
+    from megatron_moe.mcore.builder import MoEGPTModelBuilder, MoEGPTModelConfig
+
+    enter_layout(Layout())
+    config = MoEGPTModelConfig(transformer=moe_config(Layout()), vocab_size=32, seq_length=8)
+    try:
+        MoEGPTModelBuilder(config).build_distributed_models(pg_collection=None, **{option: True})
+    except MoEConfigError as error:
+        return str(error)
+    return "built"
+
+
+@pytest.mark.parametrize("option", ["use_megatron_fsdp", "use_torch_fsdp2"])
+def test_wrappers_that_were_never_tried_are_refused(pool, option):
+    (message,) = pool.run(build_wrapped, option, world_size=1)
+    assert message.startswith(f"{option} with the plugin's experts")
+    assert "use --use-distributed-optimizer" in message
+
+
 @pytest.mark.parametrize("changes", [{}, STACKED], ids=["sequential", "stacked"])
 def test_layer_frequency_says_which_layers_are_ours(pool, changes):
     changes = changes | {"num_layers": 3, "moe_layer_freq": [0, 1, 1]}
