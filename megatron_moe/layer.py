@@ -56,6 +56,7 @@ class MoELayer(MegatronMoELayer):
         )
         finish.install(config)
         follow(self.experts, self.router.schedule)
+        self.router.expert_offload = getattr(self.experts, "offload", None)
         if self.router.distillation is not None:
             self.router.distillation.first_weights = partial(first_weights, self.experts)
 

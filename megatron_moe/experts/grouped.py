@@ -77,8 +77,9 @@ class GroupedExperts(MegatronModule):
         e, linear = num_local_experts, {"config": config, "moe": moe, "ordinary": ordinary}
         self.linear_fc1 = StackedLinear(e, (halves * ffn, hidden), shard_dim=0, **linear)
         self.linear_fc2 = StackedLinear(e, (hidden, ffn), shard_dim=1, **linear)
-        if self.linear_fc1.offload is not None:
-            self.linear_fc1.offload.add_layer(self.linear_fc1, self.linear_fc2)
+        self.offload = self.linear_fc1.offload
+        if self.offload is not None:
+            self.offload.add_layer(self.linear_fc1, self.linear_fc2)
         if config.perform_initialization:
             self._initialise()
         self.register_load_state_dict_pre_hook(accept_sequential_keys)

@@ -72,6 +72,8 @@ class ExpertOffload:
         self.store = FileStore(folder, training_state=training_state)
         self.num_cached = num_cached
         self.cache = ExpertCache(prefetch=prefetch)
+        self.hit_rate = 0.0  # share of the last global batch's questions that found a copy
+        self._seen = (0, 0)
         self._order: list[tuple[_Layer, int]] = []  # linear layers in the order of their use
         self._place: weakref.WeakKeyDictionary[StackedLinear, int] = weakref.WeakKeyDictionary()
         _LIVE.add(self)
@@ -131,6 +133,10 @@ class ExpertOffload:
     def end_batch(self) -> None:
         """Weights are about to change: forget all copies, and copy nothing before the next use."""
         self.cache.invalidate()
+        counts = self.cache.counts
+        hits, misses = counts.hits - self._seen[0], counts.misses - self._seen[1]
+        self._seen = counts.hits, counts.misses
+        self.hit_rate = hits / (hits + misses) if hits + misses else 0.0
 
     def summary(self) -> dict[str, int]:
         """What the cache did since the start."""

@@ -48,9 +48,9 @@ def finish_batch(finalize: Callable[..., Any] | None, model: Any, *args: Any, **
 
         finalize = finalize_model_grads
     HOLD.next_step(routers)
+    offload.end_batch()
     end_batch(routers)
     end_expert_batch(model)
-    offload.end_batch()
     result = finalize(model, *args, **kwargs)
     PRUNING.end_batch(model)
     HOLD.zero_gradients(model)

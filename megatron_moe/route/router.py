@@ -30,7 +30,14 @@ from megatron_moe.route.replay import replay_of
 from megatron_moe.route.schedule import Schedule
 from megatron_moe.route.tokens import Tokens
 from megatron_moe.telemetry.tally import Tally
-from megatron_moe.telemetry.tracker import CHURN, CONTEXT_CHURN, DROP_RATE, MEAN_K, record
+from megatron_moe.telemetry.tracker import (
+    CACHE_HITS,
+    CHURN,
+    CONTEXT_CHURN,
+    DROP_RATE,
+    MEAN_K,
+    record,
+)
 
 # State under these keys must be in a checkpoint; any other of a router's is ours alone.
 MEGATRON_BUFFERS = ("expert_bias", "qb_beta", "local_tokens_per_expert")
@@ -89,6 +96,8 @@ class TopKRouter(Router):
         self._register_buffers()
         self.losses = RouterLosses(config, moe, self.groups)
         self.memory = DecisionMemory()
+        # Put here by the layer: its experts' cache, which has figures to report but no router.
+        self.expert_offload: Any = None
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> Routing:
         """Decide.
@@ -150,6 +159,7 @@ class TopKRouter(Router):
             MEAN_K: self.tally.mean_k if isinstance(self.choice, Adaptive) else None,
             CHURN: self.churn,
             CONTEXT_CHURN: None if self.hysteresis is None else self.hysteresis.repeat_churn,
+            CACHE_HITS: None if self.expert_offload is None else self.expert_offload.hit_rate,
         }
         for name, value in figures.items():
             if value is not None:

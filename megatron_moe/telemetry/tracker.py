@@ -23,6 +23,7 @@ DROP_RATE = "expert_drop_rate"
 MEAN_K = "experts_per_token"
 CHURN = "router_churn"
 CONTEXT_CHURN = "context_churn"
+CACHE_HITS = "expert_cache_hits"
 
 
 class RoutingTracker(MoEMetricsTracker):
@@ -61,6 +62,7 @@ def names_of(config: Any, moe: Any) -> tuple[str, ...]:
         MEAN_K: _is_adaptive(config, moe),
         CHURN: bool(moe.probe_tokens),
         CONTEXT_CHURN: bool(moe.hysteresis_margin),
+        CACHE_HITS: moe.expert_offload != "none",
     }
     megatrons = ("load_balancing_loss", "seq_load_balancing_loss", "global_load_balancing_loss")
     losses = [x.log_name for x in balance_losses(config, moe) if x.log_name not in megatrons]
