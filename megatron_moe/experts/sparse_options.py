@@ -45,11 +45,6 @@ def _place_faults(c: Any, moe: Any) -> list[str]:
         )
     if not c.moe_grouped_gemm:
         faults.append(f"{what} needs stacked experts: add --moe-grouped-gemm")
-    if moe.expert_offload != "none":
-        faults.append(
-            f"{what} keeps all weights on the device, expert_offload ({moe.expert_offload}) does "
-            "not: drop one of them"
-        )
     return faults
 
 

@@ -1,4 +1,4 @@
-"""What delayed scaling remembers, in checkpoints: Megatron's own save and load, and the resharder."""
+"""What delayed scaling remembers, in checkpoints: Megatron's save and load, and the resharder."""
 
 import re
 from dataclasses import replace

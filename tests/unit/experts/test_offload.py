@@ -11,7 +11,8 @@ from torch import nn
 from megatron_moe.config import MoEConfig
 from megatron_moe.experts import offload as offloads
 from megatron_moe.experts.grouped_gemm import grouped_linear
-from megatron_moe.experts.offload import ExpertOffload, offload_faults
+from megatron_moe.experts.offload import ExpertOffload
+from megatron_moe.experts.offload_options import offload_faults
 from megatron_moe.experts.placement import is_placed
 
 E, D, F = 5, 7, 9  # odd: experts of a stack begin in the middle of cache lines

@@ -328,7 +328,6 @@ FAULTS = [
     ({"moe_grouped_gemm": False}, {}, "needs stacked experts: add --moe-grouped-gemm"),
     ({"transformer_impl": "transformer_engine"}, {}, "use --transformer-impl local"),
     ({}, {"layer_impl": "megatron"}, "moe_layer_impl is megatron: use --moe-layer-impl plugin"),
-    ({}, {"expert_offload": "file"}, "expert_offload (file) does not: drop one"),
     ({"hidden_size": 18}, {}, "hidden_size (18) must be a multiple of 4"),
     ({"moe_ffn_hidden_size": 12}, {}, "moe_ffn_hidden_size (12) must be a multiple of 4 times"),
     (
