@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from megatron_moe.buffers import ExactBuffers
 from megatron_moe.experts.fp8_quantise import FP8_MAX, amax_over
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ Slot = Literal["x", "weight", "grad"]
 _SLOTS: dict[Slot, int] = {"x": 0, "weight": 1, "grad": 2}  # places in the buffers
 
 
-class DelayedScales(torch.nn.Module):
+class DelayedScales(ExactBuffers, torch.nn.Module):
     """Delayed scaling's memory: what each expert's x, weight and gradient were in past batches.
 
     Operands are quantised with ``scale``, made of amaxes of earlier global batches; the amax of
@@ -100,16 +101,6 @@ class DelayedScales(torch.nn.Module):
         window[..., 0] = 0  # the oldest has served, and its place is the present batch's
         self.amax_history.copy_(torch.where(moves.unsqueeze(-1), window, self.amax_history))
         self.seen.zero_()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> DelayedScales:
-        """Move the buffers with the module, but never round them to a half-precision dtype."""
-        exact = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, moved in self._buffers.items():
-            before = exact[name]
-            if moved is not None and before is not None and not before.is_meta:
-                self._buffers[name] = before.to(moved.device)
-        return self
 
 
 def end_delayed_batch(stages: list[Any], reduce_max: Callable[[Tensor], object]) -> None:

@@ -13,6 +13,7 @@ from megatron.core.transformer.moe.router_replay import RouterReplay
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_moe.buffers import ExactBuffers
 from megatron_moe.config import MoEConfig
 from megatron_moe.parallel.groups import ExpertGroups
 from megatron_moe.route.bias import ExpertBias
@@ -45,7 +46,7 @@ _log = logging.getLogger(__name__)
 _ROUTER_DTYPES = {None: torch.float32, "fp32": torch.float32, "fp64": torch.float64}
 
 
-class TopKRouter(Router):
+class TopKRouter(ExactBuffers, Router):
     """Give each token its experts, by the choice that the options name.
 
     Parameter and buffer names are Megatron's (``weight``, ``bias``, ``expert_bias``). The gate is
@@ -319,16 +320,6 @@ class TopKRouter(Router):
         else:
             self.register_buffer("expert_bias", None)
         self.register_buffer("local_tokens_per_expert", counts_E, persistent=False)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> TopKRouter:
-        """Move the buffers with the module, but never round them to a half-precision dtype."""
-        exact = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, moved in self._buffers.items():
-            before = exact[name]
-            if moved is not None and before is not None and not before.is_meta:
-                self._buffers[name] = before.to(moved.device)
-        return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Load, strictly but for state that is ours alone.

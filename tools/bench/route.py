@@ -14,21 +14,15 @@ the median over several processes.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from subprocess import PIPE
 from typing import Any
 
 import click
 from rich.console import Console
 
+from megatron_moe.tools.bench.child import measured_by
 from megatron_moe.tools.bench.layer import describe_machine
 from megatron_moe.tools.bench.route_case import KINDS, TOKENS, TOPK, RouteCase, RouteJob
-from megatron_moe.tools.bench.route_process import ENVIRONMENT
 from megatron_moe.tools.bench.route_table import NOTES, Result, route_table
 
 
@@ -79,9 +73,10 @@ def main(
         for i in range(processes or (1 if quick else 3)):
 
             def on_line(line: str, i: int = i) -> None:
-                status.update(f"process {i + 1}: {line}")
+                if line.startswith("measuring "):
+                    status.update(f"process {i + 1}: {line}")
 
-            runs.append(run_process(job, on_line))
+            runs.append(measured_by("route_process", job.as_json(), on_line))
     console.print(route_table(runs, kind))
     console.print(NOTES, style="dim")
     if json_file:
@@ -92,38 +87,6 @@ def main(
 def topk_of(experts: int) -> int:
     """Experts of a token, as models of that many have it."""
     return TOPK.get(experts, 2 if experts < 32 else 8) if experts > 1 else 1
-
-
-def run_process(job: RouteJob, on_line: Callable[[str], None]) -> list[Result]:
-    """Run a measuring process, with the allocator pinned.
-
-    Args:
-        job: What it measures.
-        on_line: Called as each case begins.
-
-    Raises:
-        click.ClickException: It failed; its last lines are shown.
-    """
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "job").write_text(json.dumps(job.as_json()))
-        command = [sys.executable, "-m", "megatron_moe.tools.bench.route_process", str(folder)]
-        with (folder / "log").open("w") as log:
-            env = os.environ | ENVIRONMENT
-            child = subprocess.Popen(command, env=env, stdout=PIPE, stderr=log, text=True)
-            try:
-                for line in iter(child.stdout.readline, ""):  # type: ignore[union-attr]
-                    if line.startswith("measuring "):
-                        on_line(line.strip())
-                child.wait()
-            except BaseException:
-                child.kill()
-                child.wait()
-                raise
-        if child.returncode != 0:
-            last: Sequence[str] = (folder / "log").read_text().splitlines()[-25:]
-            raise click.ClickException("\n".join(["the measuring process failed:", *last]))
-        return json.loads((folder / "results").read_text())
 
 
 if __name__ == "__main__":

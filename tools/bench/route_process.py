@@ -9,13 +9,13 @@ each as it begins.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_moe.tools.bench.child import refuse_unpinned
 from megatron_moe.tools.bench.clock import clock_for, fastest_in_turns
-from megatron_moe.tools.bench.process import PINNED, refuse_if_different
+from megatron_moe.tools.bench.process import refuse_if_different
 from megatron_moe.tools.bench.route_case import PARTS, RouteCase, RouteJob
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from megatron_moe.tools.bench.route_sides import Routers
 
-ENVIRONMENT = PINNED | {"OMP_NUM_THREADS": "1"}
 TOLERANCE = 1e-4  # of the largest value; sums over tokens differ in their order
 
 
@@ -34,9 +33,7 @@ def main(folder: Path) -> None:
         RuntimeError: The environment was not set before Python started.
         ValueError: Sides compute different things, so times would mean nothing.
     """
-    wrong = [name for name, value in ENVIRONMENT.items() if os.environ.get(name) != value]
-    if wrong:
-        raise RuntimeError(f"{', '.join(wrong)} must be set before Python starts: use route.py")
+    refuse_unpinned("route.py")
     job = RouteJob.from_json(json.loads((folder / "job").read_text()))
     from megatron_moe.activate import activate
 

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from helpers.layout import Layout
 from rich.console import Console
 
-from megatron_moe.tools.bench import route, route_process, route_table
+from megatron_moe.tools.bench import child, route, route_process, route_table
 from megatron_moe.tools.bench.route_case import KINDS, RouteCase, RouteJob
 from megatron_moe.tools.bench.route_naive import naive_route
 
@@ -141,7 +141,7 @@ def test_many_tokens_are_repeated_half_as_often():
 
 
 def test_process_refuses_an_allocator_that_is_not_pinned(tmp_path, monkeypatch):
-    for name, value in route_process.ENVIRONMENT.items():
+    for name, value in child.ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_")
     with pytest.raises(RuntimeError) as error:
