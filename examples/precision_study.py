@@ -1,7 +1,7 @@
 """What does a precision do to the loss? An experiment that anyone can repeat on a CPU.
 
     python examples/precision_study.py --quick     # 7 precisions, one seed: under 2 minutes
-    python examples/precision_study.py             # all 12, three seeds
+    python examples/precision_study.py             # all 11, three seeds: about 10 on two idle cores
     python examples/precision_study.py --variants fp8-blockwise --steps 1000 --seeds 5
 
 The same small GPT learns the same real text (the source of Python's standard library) in fp32, in

@@ -20,7 +20,8 @@ The parts are in ``tools/study``. To try a router of your own, add three lines t
 Needs matplotlib: ``pip install 'megatron-moe[study]'``.
 """
 
-from megatron_moe.tools.study.command import command
+from megatron_moe.tools.study.command import study_command
+from megatron_moe.tools.study.routing import ROUTING
 
 if __name__ == "__main__":
-    command()
+    study_command(ROUTING)()

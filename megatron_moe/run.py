@@ -18,9 +18,11 @@ from pathlib import Path
 from megatron_moe.activate import Device, activate
 from megatron_moe.config import MoEConfigError
 from megatron_moe.cpu_flags import flags_to_set
+from megatron_moe.mcore.kernels import kernels_in_use
 from megatron_moe.mcore.patching import PatchError
 from megatron_moe.preflight import check_run
 
+logger = logging.getLogger(__name__)
 USER_FAULT = 2
 DEVICE_VARIABLE = "MEGATRON_MOE_DEVICE"
 DEVICES = ("auto", "cpu", "cuda")
@@ -47,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.path[0] = str(options.script.resolve().parent)
     try:
         with _speaking(first), activate(device):
+            for line in kernels_in_use(device):
+                logger.info(line)
             sys.argv = [str(options.script), *options.args]
             runpy.run_path(str(options.script), run_name="__main__")
     except (MoEConfigError, PatchError) as fault:

@@ -8,7 +8,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,8 +19,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_moe.tools.demo.child import termination_as_interrupt
-from megatron_moe.tools.study.plan import FULL, QUICK, Plan
-from megatron_moe.tools.study.variants import VARIANTS, with_controls
+from megatron_moe.tools.study.compare import Study
+from megatron_moe.tools.study.picture import draw
+from megatron_moe.tools.study.plan import Plan
+from megatron_moe.tools.study.subject import Subject
+from megatron_moe.tools.study.tables import console_table, spoken, write_csv, write_json
 
 if TYPE_CHECKING:
     from megatron_moe.tools.study.history import Run
@@ -35,37 +38,51 @@ class _Names(click.ParamType):
 
     name = "names"
 
+    def __init__(self, known: Collection[str]) -> None:
+        self.known = known
+
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, ...]:
         names = tuple(value.split(",")) if isinstance(value, str) else tuple(value)
-        if unknown := [name for name in names if name not in VARIANTS]:
-            self.fail(f"{', '.join(unknown)}: not one of {', '.join(VARIANTS)}", param, ctx)
+        if unknown := [name for name in names if name not in self.known]:
+            self.fail(f"{', '.join(unknown)}: not one of {', '.join(self.known)}", param, ctx)
         return names
 
 
-@click.command("study")
-@click.option("--quick", is_flag=True, help="Fewer variants and steps, one seed: about 3 minutes.")
-@click.option("--variants", type=_Names(), metavar="NAME,…",
-              help="Only these, and what they are compared with.")  # fmt: skip
-@click.option("--steps", type=click.IntRange(min=2), help=f"Updates of a run [{FULL.steps}].")
-@click.option("--seeds", type=click.IntRange(1, 11), help=f"Runs of each variant [{FULL.seeds}].")
-@click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True,
-              help="Processes, one thread each.")  # fmt: skip
-@click.option("--resume", is_flag=True,
-              help="Use the finished runs in the same folder; not after an edit.")  # fmt: skip
-@click.option("--out", "folder", type=click.Path(path_type=Path, file_okay=False),
-              default=Path("runs") / "routing_study", show_default=True,
-              help="Where text, table and picture go.")  # fmt: skip
-def command(
-    quick: bool,
-    variants: tuple[str, ...] | None,
-    steps: int | None,
-    seeds: int | None,
-    workers: int,
-    resume: bool,
-    folder: Path,
-) -> None:
-    """Compare ways to route: one small GPT, one text, equal arithmetic a token, on this CPU."""
-    plan = asked_plan(QUICK if quick else FULL, variants, steps, seeds)
+def study_command(subject: Subject) -> click.Command:
+    """The command that makes a study, from its options to its picture."""
+    full = subject.full
+
+    @click.command(subject.name.replace("_", "-"), help=subject.says)
+    @click.option("--quick", is_flag=True, help=subject.quick_says)
+    @click.option("--variants", type=_Names(subject.variants), metavar="NAME,…",
+                  help="Only these, and what they are compared with.")  # fmt: skip
+    @click.option("--steps", type=click.IntRange(min=2), help=f"Updates of a run [{full.steps}].")
+    @click.option("--seeds", type=click.IntRange(1, 11),
+                  help=f"Runs of each variant [{full.seeds}].")  # fmt: skip
+    @click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True,
+                  help="Processes, one thread each.")  # fmt: skip
+    @click.option("--resume", is_flag=True,
+                  help="Use the finished runs in the same folder; not after an edit.")  # fmt: skip
+    @click.option("--out", "folder", type=click.Path(path_type=Path, file_okay=False),
+                  default=Path("runs") / subject.name, show_default=True,
+                  help="Where text, table and picture go.")  # fmt: skip
+    def command(
+        quick: bool,
+        variants: tuple[str, ...] | None,
+        steps: int | None,
+        seeds: int | None,
+        workers: int,
+        resume: bool,
+        folder: Path,
+    ) -> None:
+        base = subject.quick if quick else subject.full
+        plan = asked_plan(subject, base, variants, steps, seeds)
+        _make_study(subject, plan, folder, workers, resume)
+
+    return command
+
+
+def _make_study(subject: Subject, plan: Plan, folder: Path, workers: int, resume: bool) -> None:
     console = _console()
     if importlib.util.find_spec("matplotlib") is None:  # now, not when all the runs are made
         raise click.ClickException(
@@ -75,11 +92,11 @@ def command(
     started = time.monotonic()
     try:
         with termination_as_interrupt():
-            runs = _make_runs(plan, folder, workers, resume, console)
+            runs = _make_runs(subject, plan, folder, workers, resume, console)
     except KeyboardInterrupt:
         console.print(f"\nstopped; finished runs are in {folder / 'runs'}, for --resume")
         raise SystemExit(130) from None
-    _tell(runs, plan, folder, console)
+    _tell(Study(runs, subject), plan, folder, console)
     console.print(f"[dim]{time.monotonic() - started:.0f} s in all[/dim]")
 
 
@@ -92,10 +109,14 @@ def _console() -> Console:
 
 
 def asked_plan(
-    base: Plan, variants: tuple[str, ...] | None, steps: int | None, seeds: int | None
+    subject: Subject,
+    base: Plan,
+    variants: tuple[str, ...] | None,
+    steps: int | None,
+    seeds: int | None,
 ) -> Plan:
     """Return ``base`` with the user's changes, and each variant's controls beside it."""
-    chosen = with_controls(variants or base.chosen or tuple(VARIANTS))
+    chosen = subject.with_controls(variants or base.chosen or tuple(subject.variants))
     steps = steps or base.steps
     return replace(
         base,
@@ -106,7 +127,9 @@ def asked_plan(
     )
 
 
-def _make_runs(plan: Plan, folder: Path, workers: int, resume: bool, console: Console) -> list[Run]:
+def _make_runs(
+    subject: Subject, plan: Plan, folder: Path, workers: int, resume: bool, console: Console
+) -> list[Run]:
     console.print(f"[bold]1/3  Megatron on this CPU, and the text[/bold] → {folder}")
     from megatron_moe.activate import activate
     from megatron_moe.tools.study.workers import quiet
@@ -120,18 +143,18 @@ def _make_runs(plan: Plan, folder: Path, workers: int, resume: bool, console: Co
 
         # Seed by seed: a run that is stopped for want of patience has compared everything once.
         seeds = range(1, plan.seeds + 1)
-        wanted = [Job(name, seed) for seed in seeds for name in plan.chosen]
+        wanted = [Job(subject.variants[name], seed) for seed in seeds for name in plan.chosen]
         found = [find(folder, plan, job.variant, job.seed) for job in wanted] if resume else []
         runs = [run for run in found if run is not None]
-        there = {Job(run.variant, run.seed) for run in runs}
-        jobs = [job for job in wanted if job not in there]
+        there = {(run.variant, run.seed) for run in runs}
+        jobs = [job for job in wanted if (job.variant.name, job.seed) not in there]
         console.print(
             f"\n[bold]2/3  {len(jobs)} runs of {plan.steps} steps[/bold]: {len(plan.chosen)} "
             f"variants, {plan.seeds} seed{'s' * (plan.seeds > 1)}, {workers} processes"
             + (f"; {len(runs)} more are kept from before" if runs else "")
         )
         for run in _followed(jobs, plan, text, workers, console):
-            keep(folder, plan, run)
+            keep(folder, plan, subject.variants[run.variant], run)
             runs.append(run)
         return runs
 
@@ -171,14 +194,8 @@ def _followed(
             yield event
 
 
-def _tell(runs: list[Run], plan: Plan, folder: Path, console: Console) -> None:
-    from megatron_moe.tools.study.compare import Study
-    from megatron_moe.tools.study.findings import findings
-    from megatron_moe.tools.study.picture import draw
-    from megatron_moe.tools.study.tables import console_table, spoken, write_csv, write_json
-
-    study = Study(runs)
-    found = findings(study, plan)
+def _tell(study: Study, plan: Plan, folder: Path, console: Console) -> None:
+    found = study.subject.findings(study, plan)
     console.print("\n[bold]3/3  What came out[/bold]")
     console.print(console_table(study, plan), "")
     console.print(spoken(found), soft_wrap=True, markup=False)

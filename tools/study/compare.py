@@ -9,11 +9,10 @@ from statistics import fmean, stdev
 
 from megatron_moe.tools.study.history import Run
 from megatron_moe.tools.study.plan import Plan
-from megatron_moe.tools.study.variants import VARIANTS
+from megatron_moe.tools.study.subject import Subject
 
 # Two-sided 95 % quantiles of Student's t for 1, 2, … degrees of freedom.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-MEASURES = ("loss", "cv", "variance", "entropy", "drop_rate", "churn", "context_churn", "mean_k")
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,10 @@ class Estimate:
             return 0
         return 1 if self.mean > 0 else -1
 
+    def columns(self, name: str) -> dict[str, float | None]:
+        """Two columns of a table: the mean, and the half of the interval."""
+        return {name: self.mean, f"{name}_half": self.half}
+
 
 def estimate(values: Sequence[float]) -> Estimate:
     """Estimate the mean that ``values``, one a seed, are drawn around."""
@@ -46,13 +49,20 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(fmean(values), t * stdev(values) / len(values) ** 0.5)
 
 
-def outcome(run: Run) -> dict[str, float]:
+def outcome(run: Run, measures: Sequence[str]) -> dict[str, float]:
     """What a run comes to: the last validation loss, all else in the mean of its second half.
 
     What was never measured (churn in a run too short for it) is not a number.
+
+    Args:
+        run: The run.
+        measures: Fields of it, or of its points.
     """
-    found = {"loss": run.points[-1].loss}
-    for name in MEASURES[1:]:
+    found: dict[str, float] = {}
+    for name in measures:
+        if name == "loss" or hasattr(run, name):
+            found[name] = getattr(run.points[-1] if name == "loss" else run, name)
+            continue
         values = [v for p in run.late() if (v := getattr(p, name)) is not None]
         found[name] = fmean(values) if values else nan
     return found
@@ -63,12 +73,15 @@ class Study:
 
     Args:
         runs: In any order.
+        subject: What they are compared in.
     """
 
-    def __init__(self, runs: Sequence[Run]) -> None:
-        self.runs = sorted(runs, key=lambda run: (list(VARIANTS).index(run.variant), run.seed))
+    def __init__(self, runs: Sequence[Run], subject: Subject) -> None:
+        self.subject, self.variants = subject, subject.variants
+        order = list(self.variants)
+        self.runs = sorted(runs, key=lambda run: (order.index(run.variant), run.seed))
         self.names = list(dict.fromkeys(run.variant for run in self.runs))
-        self.outcomes = {(run.variant, run.seed): outcome(run) for run in self.runs}
+        self.outcomes = {(r.variant, r.seed): outcome(r, subject.measures) for r in self.runs}
 
     def of(self, variant: str) -> list[Run]:
         """Return the runs of a variant, by seed."""
@@ -79,7 +92,7 @@ class Study:
         return all(variant in self.names for variant in variants)
 
     def measured(self, variant: str, measure: str) -> Estimate:
-        """Estimate one of :data:`MEASURES`."""
+        """Estimate one of the subject's measures."""
         return estimate([self.outcomes[variant, run.seed][measure] for run in self.of(variant)])
 
     def difference(self, variant: str, against: str, measure: str) -> Estimate:
@@ -88,13 +101,18 @@ class Study:
 
     def cut(self, variant: str, against: str, measure: str = "variance") -> Estimate:
         """By what share ``variant`` is below ``against``, seed by seed; 1 is all of it."""
+        change = self.change(variant, against, measure)
+        return Estimate(-change.mean, change.half)
+
+    def change(self, variant: str, against: str, measure: str) -> Estimate:
+        """By what share ``variant`` is above ``against``, seed by seed; 1 is twice as much."""
         pairs = self._pairs(variant, against, measure)
-        return estimate([1 - a / b if b else nan for a, b in pairs])
+        return estimate([a / b - 1 if b else nan for a, b in pairs])
 
     def work(self, variant: str, plan: Plan) -> float:
         """Arithmetic in experts that a token meets, over that of ``plan``'s top-k."""
         k, dropped = (self.measured(variant, m).mean for m in ("mean_k", "drop_rate"))
-        return k * (1 - dropped) * VARIANTS[variant].widen / plan.topk
+        return k * (1 - dropped) * self.variants[variant].widen / plan.topk
 
     def _pairs(self, variant: str, against: str, measure: str) -> list[tuple[float, float]]:
         seeds = [run.seed for run in self.of(variant)]

@@ -43,12 +43,20 @@ class Run:
         seed: Of weights, order of the text, and whatever the router draws.
         points: Measurements in order.
         seconds: Wall time.
+        cpu_seconds: Time of the processor for the same.
+        skipped: Updates that were skipped because a gradient was not finite.
+        state_bytes: Bytes a parameter: weights, masks, gradients, what the optimizer keeps.
+        held_bytes: What one MoE layer keeps for the backward pass of one micro-batch.
     """
 
     variant: str
     seed: int
     points: tuple[Point, ...]
     seconds: float
+    cpu_seconds: float
+    skipped: int
+    state_bytes: float
+    held_bytes: int
 
     def late(self) -> tuple[Point, ...]:
         """Return the measurements of the run's second half."""

@@ -10,23 +10,23 @@ from typing import Any
 from megatron_moe.tools.study.files import written_whole
 from megatron_moe.tools.study.history import Point, Run
 from megatron_moe.tools.study.plan import Plan
-from megatron_moe.tools.study.variants import VARIANTS
+from megatron_moe.tools.study.variants import Variant
 
 # They say which runs there are, not what one run is.
 _NOT_OF_A_RUN = ("seeds", "chosen")
 
 
-def keep(folder: Path, plan: Plan, run: Run) -> None:
+def keep(folder: Path, plan: Plan, variant: Variant, run: Run) -> None:
     """Write one finished run."""
-    content = {"made_by": _made_by(plan, run.variant), "run": asdict(run)}
-    with written_whole(_path(folder, run.variant, run.seed)) as temporary:
+    content = {"made_by": _made_by(plan, variant), "run": asdict(run)}
+    with written_whole(_path(folder, variant, run.seed)) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def find(folder: Path, plan: Plan, variant: str, seed: int) -> Run | None:
+def find(folder: Path, plan: Plan, variant: Variant, seed: int) -> Run | None:
     """Read a finished run; None if there is none of this size with these options.
 
-    Code that has changed since cannot be told: who edits a router must not ask for kept runs.
+    Code that has changed since cannot be told: who edits a model must not ask for kept runs.
     """
     path = _path(folder, variant, seed)
     if not path.is_file():
@@ -38,12 +38,12 @@ def find(folder: Path, plan: Plan, variant: str, seed: int) -> Run | None:
     return Run(**fields | {"points": tuple(Point(**point) for point in fields["points"])})
 
 
-def _path(folder: Path, variant: str, seed: int) -> Path:
-    return folder / "runs" / f"{variant}-{seed}.json"
+def _path(folder: Path, variant: Variant, seed: int) -> Path:
+    return folder / "runs" / f"{variant.name}-{seed}.json"
 
 
-def _made_by(plan: Plan, variant: str) -> dict[str, Any]:
+def _made_by(plan: Plan, variant: Variant) -> dict[str, Any]:
     sizes = {name: value for name, value in asdict(plan).items() if name not in _NOT_OF_A_RUN}
-    options = asdict(VARIANTS[variant])
+    options = asdict(variant)
     # Through JSON, which knows no tuples, to compare like with like.
     return json.loads(json.dumps({"plan": sizes, "variant": options}))

@@ -1,8 +1,11 @@
-"""What is read from a router; torch only."""
+"""What is read from a router, and from what a training holds in memory; torch only."""
 
 from __future__ import annotations
 
-from torch import Tensor
+import itertools
+from typing import Any
+
+from torch import Tensor, nn
 
 from megatron_moe.telemetry.metrics import load_cv, load_entropy
 
@@ -52,3 +55,30 @@ class LoadMeter:
             "drop_rate": self._dropped / max(1, self._choices),
             "mean_k": self._choices / max(1, self._tokens),
         }
+
+
+def state_bytes(model: nn.Module, optimizer: Any) -> float:
+    """Bytes a parameter that stay from update to update, counted on the tensors themselves.
+
+    Weights and buffers (masks are some), gradients, the optimizer's fp32 copies and its state;
+    a storage that several tensors share counts once.
+
+    Args:
+        model: Whose parameters have ``main_grad`` or ``grad``.
+        optimizer: Megatron's, chained or not, after an update.
+    """
+    parameters = list(model.parameters())
+    tensors: list[Tensor | None] = [*parameters, *model.buffers()]
+    tensors += [getattr(p, "main_grad", None) for p in parameters]
+    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        stepped = [p for group in one.optimizer.param_groups for p in group["params"]]
+        states = (state.values() for state in one.optimizer.state.values())
+        tensors += stepped
+        tensors += [v for v in itertools.chain(*states) if isinstance(v, Tensor)]
+        parameters += stepped
+    tensors += [p.grad for p in parameters]
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors if t is not None
+    }
+    held = sum(storage.nbytes() for storage in storages.values())
+    return held / sum(p.numel() for p in model.parameters())

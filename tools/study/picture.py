@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from megatron_moe.tools.study.compare import Study
 from megatron_moe.tools.study.files import written_whole
 from megatron_moe.tools.study.plan import Plan
-from megatron_moe.tools.study.variants import BASELINE, FAMILIES, VARIANTS, row_of
+from megatron_moe.tools.study.subject import CONTROL, Panel
 
 _BASELINE_COLOUR = "#111111"
 _COLOURS = (
@@ -20,37 +19,6 @@ _COLOURS = (
 )  # fmt: skip
 _LOOKS = [(style, colour) for style in ("-", "--") for colour in _COLOURS]
 _NOT_SHOWN = 0.2  # of a run: the first fall of the loss would flatten everything after it
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One column of the picture.
-
-    Args:
-        measure: Field of a point.
-        title: Above the column.
-        percent: Whether the axis shows percent.
-        compared: Whether the difference from the variant compared with is drawn.
-    """
-
-    measure: str
-    title: str
-    percent: bool = False
-    compared: bool = False
-
-
-PANELS = (
-    Panel("loss", "validation loss"),
-    Panel("loss", "… minus that of its control", compared=True),
-    Panel("cv", "load: coefficient of variation"),
-    Panel("entropy", "load: entropy (1 = even)"),
-    Panel("drop_rate", "choices dropped", percent=True),
-    Panel("churn", "churn on a fixed probe", percent=True),
-    Panel("context_churn", "churn in training, same context", percent=True),
-    Panel("mean_k", "experts a token"),
-)
-
-CV = next(i for i, panel in enumerate(PANELS) if panel.measure == "cv")
 
 
 def draw(study: Study, plan: Plan, targets: Sequence[Path]) -> None:
@@ -64,17 +32,21 @@ def draw(study: Study, plan: Plan, targets: Sequence[Path]) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    rows = [(family, row_of(family, study.names)) for family in FAMILIES]
+    subject = study.subject
+    rows = [(family, subject.row_of(family, study.names)) for family in subject.families]
     rows = [(family, names) for family, names in rows if names]
+    shown = [p for p in subject.panels if p.compared in ("", CONTROL) or study.has(p.compared)]
     # Text stays text in SVG: smaller, and it can be searched.
     style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "study"}
     style |= {"font.size": 8, "font.sans-serif": ["DejaVu Sans"], "ytick.major.size": 0}
     with rc_context(style):
-        figure = Figure(figsize=(22, 0.9 + 2.5 * len(rows)), layout="constrained")
-        axes = figure.subplots(len(rows), len(PANELS), squeeze=False, sharex=True)
-        for (family, names), panels in zip(rows, axes, strict=True):
-            _draw_row(study, plan, family, names, panels)
-        for panel, ax in zip(PANELS, axes[0], strict=True):
+        size = _size(len(rows), len(shown))
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(len(rows), len(shown), squeeze=False, sharex=True)
+        for (family, names), row in zip(rows, axes, strict=True):
+            _draw_row(study, plan, names, shown, row)
+            row[0].set_ylabel(family, fontsize=11, fontweight="bold")
+        for panel, ax in zip(shown, axes[0], strict=True):
             ax.set_title(panel.title, fontsize=10)
         for ax in axes[-1]:
             ax.set_xlabel("step")
@@ -88,6 +60,12 @@ def draw(study: Study, plan: Plan, targets: Sequence[Path]) -> None:
                 figure.savefig(temporary, dpi=110, metadata=metadata)
 
 
+def _size(rows: int, columns: int) -> tuple[float, float]:
+    """Width and height in inches; a few panels are drawn larger than many."""
+    width = 2.75 * columns if columns > 4 else 2 + 4.5 * columns
+    return width, 0.9 + 2.5 * rows
+
+
 def _heading(plan: Plan) -> str:
     seeds = "one seed" if plan.seeds == 1 else f"mean of {plan.seeds} seeds, band: their range"
     return (
@@ -97,23 +75,27 @@ def _heading(plan: Plan) -> str:
     )
 
 
-def _draw_row(study: Study, plan: Plan, family: str, names: list[str], axes: Any) -> None:
-    looks = dict(zip([n for n in names if n != BASELINE], _LOOKS, strict=False))
+def _draw_row(
+    study: Study, plan: Plan, names: list[str], shown: Sequence[Panel], axes: Any
+) -> None:
+    baseline = study.subject.baseline
+    looks = dict(zip([n for n in names if n != baseline], _LOOKS, strict=False))
     band = min(0.12, 0.5 / len(names))  # of many bands on each other nothing would be seen
-    for panel, ax in zip(PANELS, axes, strict=True):
+    for panel, ax in zip(shown, axes, strict=True):
         for place, name in enumerate(names):
-            if panel.compared and VARIANTS[name].leaks:
+            leaks = study.variants[name].leaks
+            if panel.compared and leaks:
                 continue
             steps, mean, low, high = over_time(study, name, panel)
             style, colour = looks.get(name, ("-", _BASELINE_COLOUR))
-            style = ":" if VARIANTS[name].leaks else style
-            order = len(names) if name == BASELINE else place
+            style = ":" if leaks else style
+            order = len(names) if name == baseline else place
             ax.plot(steps, mean, style, color=colour, lw=1.2, label=name, zorder=2 + order)
             if plan.seeds > 1:
                 ax.fill_between(steps, low, high, color=colour, alpha=band, lw=0)
         _scale(ax, panel, plan)
-    axes[CV].axhline(plan.chance_variance**0.5, color="#999999", lw=0.8, ls=":", zorder=1)
-    axes[0].set_ylabel(family, fontsize=11, fontweight="bold")
+        if panel.measure == "cv":
+            ax.axhline(plan.chance_variance**0.5, color="#999999", lw=0.8, ls=":", zorder=1)
     axes[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=9)
 
 
@@ -127,14 +109,16 @@ def _scale(ax: Any, panel: Panel, plan: Plan) -> None:
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_xlim(0, plan.steps)
     if panel.measure == "loss":
-        ax.set_ylim(_range_of_late(ax, plan.steps * _NOT_SHOWN))
+        if not panel.percent:  # else bands and all: how wide they are is what such a panel shows
+            ax.set_ylim(_range_of_late(ax, plan.steps * _NOT_SHOWN))
     elif panel.measure == "mean_k":
         low, high = ax.get_ylim()
         ax.set_ylim(min(low, plan.topk - 0.25), max(high, plan.topk + 0.25))
     elif panel.measure != "entropy":
         ax.set_ylim(0, max(ax.get_ylim()[1], 0.01))
     if panel.percent:
-        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        decimals = 2 if panel.compared else 0
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=decimals))
 
 
 def _range_of_late(ax: Any, first: float) -> tuple[float, float]:
@@ -153,7 +137,7 @@ def over_time(
     study: Study, name: str, panel: Panel
 ) -> tuple[list[int], list[float], list[float], list[float]]:
     """Steps, and the mean, least and largest of a measure over seeds; without missing ones."""
-    against = VARIANTS[name].against
+    against = study.variants[name].against if panel.compared == CONTROL else panel.compared
     found = []
     for i, point in enumerate(study.of(name)[0].points):
         values = [getattr(run.points[i], panel.measure) for run in study.of(name)]
@@ -161,7 +145,8 @@ def over_time(
             continue
         if panel.compared:
             theirs = (getattr(run.points[i], panel.measure) for run in study.of(against))
-            values = [mine - other for mine, other in zip(values, theirs, strict=True)]
+            pairs = zip(values, theirs, strict=True)
+            values = [a / b - 1 if panel.percent else a - b for a, b in pairs]
         found.append((point.step, fmean(values), min(values), max(values)))
     return (
         [f[0] for f in found],

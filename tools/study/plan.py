@@ -65,29 +65,3 @@ class Plan:
         """Steps after which a measurement is taken; the last step is one of them."""
         spacing = max(1, round(self.steps / self.measurements))
         return sorted({*range(self.steps, 0, -spacing)})
-
-
-FULL = Plan()
-QUICK = Plan(
-    steps=200,
-    seeds=1,
-    measurements=10,
-    chosen=(
-        "topk",
-        "switch",
-        "expert-choice",
-        "sinkhorn",
-        "hash",
-        "top-p",
-        "none",
-        "kl",
-        "sigmoid-none",
-        "bias-sign",
-        "capacity-probs",
-        "capacity-position",
-        "hysteresis",
-        "pretrain",
-        "freeze",
-        "noise",
-    ),
-)

@@ -20,20 +20,27 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_moe.config import MoEConfig
+from megatron_moe.layer import MoELayer
 from megatron_moe.mcore.specs import gpt_block_spec
 from megatron_moe.mcore.token_ids import feed_token_ids
 from megatron_moe.telemetry.counters import routers_of, routing_counts
+from megatron_moe.tools.bench.held import held_bytes
 from megatron_moe.tools.study.history import Point, Run
-from megatron_moe.tools.study.measures import LoadMeter
+from megatron_moe.tools.study.measures import LoadMeter, state_bytes
 from megatron_moe.tools.study.plan import Plan
 from megatron_moe.tools.study.text import Text
 from megatron_moe.tools.study.variants import AUX_COEFF, Variant
 from megatron_moe.tools.study.watch import RouterWatch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_FIRST_LOSS_SCALE = 2.0**16  # Megatron's 2**32 takes a dozen skipped updates to come down
+_SCALE_GROWTHS = 8  # a run; Megatron's window of 1000 updates is longer than a run
 
 
 def enter_world() -> None:
@@ -65,7 +72,9 @@ def model_config(plan: Plan, variant: Variant) -> TransformerConfig:
         "init_method_std": 0.06,
         "transformer_impl": "local",
         "use_cpu_initialization": True,
-        "params_dtype": torch.float32,
+        "params_dtype": DTYPES[variant.precision],
+        "bf16": variant.precision == "bf16",
+        "fp16": variant.precision == "fp16",
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
@@ -89,7 +98,7 @@ class Training:
 
     Args:
         plan: Sizes.
-        variant: The router.
+        variant: Router and precision.
         text: What to train and validate on.
         seed: Of everything drawn.
     """
@@ -108,12 +117,15 @@ class Training:
             position_embedding_type="rope",
         )
         settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
-        self.model = DistributedDataParallel(self.config, settings, model)
-        self.optimizer = _optimizer(plan, self.model)
+        half = self.config.bf16 or self.config.fp16
+        inner = Float16Module(self.config, model) if half else model
+        self.model = DistributedDataParallel(self.config, settings, inner)
+        self.optimizer = _optimizer(plan, self.config, self.model)
         self.config.grad_scale_func = self.optimizer.scale_loss
         feed_token_ids(model)  # what the plugin's own builder does
         self.watch = RouterWatch(model, routers_of(model), plan.experts)
         self.load = LoadMeter()
+        self.skipped = 0
 
     def step(self, index: int) -> None:
         """Make update number ``index``, from 0, and count the load."""
@@ -130,7 +142,8 @@ class Training:
             micro_batch_size=self.plan.micro_batch,
             forward_only=False,
         )
-        self.optimizer.step()
+        made, *_ = self.optimizer.step()
+        self.skipped += not made
         get_moe_metrics_tracker().clear()
         for counts in routing_counts(self.model, reset=True).values():
             self.load.add(counts.load_E, counts.dropped_E, counts.tokens)
@@ -147,6 +160,15 @@ class Training:
         self.load.reset()
         return point
 
+    def held(self) -> int:
+        """Bytes that the first MoE layer keeps for the backward pass of one micro-batch."""
+        shape = self.plan.seq_length, self.plan.micro_batch, self.plan.hidden
+        x_SBD = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        layer = next(m for m in self.model.modules() if isinstance(m, MoELayer))
+        held = held_bytes(layer, x_SBD.to(self.config.params_dtype).requires_grad_())
+        get_moe_metrics_tracker().clear()
+        return held
+
     def _validate(self) -> float:
         """Mean loss on the validation set."""
         self.model.eval()
@@ -162,7 +184,7 @@ def train(plan: Plan, variant: Variant, text: Text, seed: int, on_step: Callable
 
     Args:
         plan: Sizes.
-        variant: The router.
+        variant: Router and precision.
         text: What to train and validate on.
         seed: Of everything drawn.
         on_step: Called after each update.
@@ -170,7 +192,7 @@ def train(plan: Plan, variant: Variant, text: Text, seed: int, on_step: Callable
     Raises:
         FloatingPointError: The loss is no longer a number.
     """
-    started = time.monotonic()
+    started, cpu_started = time.monotonic(), time.process_time()
     training = Training(plan, variant, text, seed)
     measured, points = set(plan.measured_steps()), []
     for index in range(plan.steps):
@@ -183,8 +205,16 @@ def train(plan: Plan, variant: Variant, text: Text, seed: int, on_step: Callable
                     f"{points[-1].loss}"
                 )
         on_step()
-    seconds = time.monotonic() - started
-    return Run(variant=variant.name, seed=seed, points=tuple(points), seconds=seconds)
+    return Run(
+        variant=variant.name,
+        seed=seed,
+        points=tuple(points),
+        seconds=time.monotonic() - started,
+        cpu_seconds=time.process_time() - cpu_started,
+        skipped=training.skipped,
+        state_bytes=state_bytes(training.model.module, training.optimizer),
+        held_bytes=training.held(),
+    )
 
 
 def learning_rate(plan: Plan, index: int) -> float:
@@ -196,14 +226,18 @@ def learning_rate(plan: Plan, index: int) -> float:
     return plan.learning_rate * (0.55 + 0.45 * math.cos(math.pi * done))
 
 
-def _optimizer(plan: Plan, model: Any) -> Any:
+def _optimizer(plan: Plan, model_config: TransformerConfig, model: Any) -> Any:
     config = OptimizerConfig(
         optimizer="adam",
         lr=plan.learning_rate,
         weight_decay=0.1,
         adam_beta2=0.95,
         clip_grad=1.0,
-        params_dtype=torch.float32,
+        params_dtype=model_config.params_dtype,
+        bf16=model_config.bf16,
+        fp16=model_config.fp16,
+        initial_loss_scale=_FIRST_LOSS_SCALE,
+        loss_scale_window=max(1, plan.steps // _SCALE_GROWTHS),
     )
     return get_megatron_optimizer(config, [model], use_gloo_process_groups=False)
 

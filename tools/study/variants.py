@@ -1,19 +1,18 @@
-"""What is compared: each variant is a few options on the same model."""
+"""What a variant is (a few options on the same model), and the routers that are compared."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-FAMILIES = ("choice", "balance", "capacity", "stability")
 BASELINE = "topk"
 AUX_COEFF = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One router.
+    """One way to train the model.
 
     Args:
         name: As given to ``--variants``.
@@ -27,6 +26,7 @@ class Variant:
         schedule: Fields of ``MoEConfig`` that are given as a share of the run's steps.
         widen: Factor on the experts' width, so that a token meets the same arithmetic with fewer.
         leaks: Whether its loss may use the token to be predicted, and so compares with none.
+        precision: ``fp32``, ``bf16`` or ``fp16``: of weights and activations.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Variant:
     schedule: Mapping[str, float] = field(default_factory=dict)
     widen: int = 1
     leaks: bool = False
+    precision: str = "fp32"
 
 
 UNBALANCED = {"moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.0}
@@ -151,23 +152,3 @@ _STABILITY = (
 )  # fmt: skip
 
 VARIANTS = {v.name: v for v in (*_CHOICE, *_BALANCE, *_CAPACITY, *_STABILITY)}
-
-
-def with_controls(names: Collection[str]) -> list[str]:
-    """The variants of ``names`` and those that they are compared with, in the study's order."""
-    wanted: set[str] = set()
-    for variant in (VARIANTS[name] for name in names):
-        wanted |= {variant.name, variant.against, variant.unbalanced} - {""}
-    # A control has a control: sigmoid without balancing is itself compared with softmax.
-    return (
-        [name for name in VARIANTS if name in wanted]
-        if wanted == {*names}
-        else (with_controls(wanted))
-    )
-
-
-def row_of(family: str, names: list[str]) -> list[str]:
-    """Names to draw together: the family's, with those that it is compared with, in order."""
-    mine = [name for name in names if VARIANTS[name].family == family]
-    wanted = {*mine, *(VARIANTS[name].against for name in mine)}
-    return [name for name in names if name in wanted] if mine else []

@@ -16,7 +16,7 @@ from typing import Any
 from megatron_moe.tools.study.history import Run
 from megatron_moe.tools.study.plan import Plan
 from megatron_moe.tools.study.text import Text
-from megatron_moe.tools.study.variants import VARIANTS
+from megatron_moe.tools.study.variants import Variant
 
 _STEPS_BETWEEN_REPORTS = 10
 _SECONDS_BETWEEN_LOOKS = 0.2
@@ -26,7 +26,7 @@ _SECONDS_BETWEEN_LOOKS = 0.2
 class Job:
     """A run to be made."""
 
-    variant: str
+    variant: Variant
     seed: int
 
 
@@ -125,4 +125,4 @@ def _run(job: Job) -> Run:
         if done % _STEPS_BETWEEN_REPORTS == 0 or done == shared.plan.steps:
             shared.reports.put((done - 1) % _STEPS_BETWEEN_REPORTS + 1)
 
-    return train(shared.plan, VARIANTS[job.variant], shared.text, job.seed, on_step)
+    return train(shared.plan, job.variant, shared.text, job.seed, on_step)

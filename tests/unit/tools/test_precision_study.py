@@ -2,7 +2,11 @@
 
 import csv
 import itertools
+import json
+import subprocess
+import sys
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +23,7 @@ from megatron_moe.tools.study.measures import state_bytes
 from megatron_moe.tools.study.plan import Plan
 from megatron_moe.tools.study.precisions import FULL, PRECISION, PRECISIONS, QUICK, findings
 
+EXAMPLE = Path(__file__).parents[3] / "examples" / "precision_study.py"
 SIZES = Plan(steps=40, seeds=3, measurements=4)
 ROUTED = {"cv": 0.5, "variance": 0.25, "entropy": 0.9, "drop_rate": 0.0, "mean_k": 2.0}
 
@@ -79,8 +84,8 @@ def test_state_is_counted_on_the_storages_shared_ones_once():
     copy = torch.nn.Parameter(model.weight.detach().float())
     model.weight.main_grad = torch.ones(4, 8)
     copy.grad = model.weight.main_grad.view(-1).view(4, 8)  # the same memory
-    adam = torch.optim.Adam([copy], lr=0.1)
-    adam.step()
+    moments = {"step": torch.tensor(1.0), "exp_avg": torch.zeros(4, 8), "exp_avg_sq": copy * 0}
+    adam = SimpleNamespace(param_groups=[{"params": [copy]}], state={copy: moments})
     one = SimpleNamespace(optimizer=adam)
     # weight 2, mask 1, fp32 gradient 4, fp32 copy 4, two moments 8, and one number for the step
     expected = 19 + 4 / 32
@@ -124,9 +129,10 @@ def test_skipped_updates_and_memory_are_told():
 
 
 def test_one_seed_claims_nothing():
-    text = said(
-        Study([made_run("fp32", 1, 4.0), made_run("bf16", 1, 4.4)], PRECISION), Plan(seeds=1)
-    )
+    losses = {"fp32": 4.0, "bf16": 4.4, "fp8-mxfp8": 4.4}
+    study = Study([made_run(name, 1, loss) for name, loss in losses.items()], PRECISION)
+    text = said(study, Plan(seeds=1))
+    assert "Furthest from bf16: fp8-mxfp8, by 0.00% with this one seed\n" in text
     assert "bf16: loss +10.00 % against fp32: one seed cannot tell it from noise" in text
     assert "±" not in text and "Worse" not in text
 
@@ -169,3 +175,33 @@ def test_the_command_knows_its_own_variants_and_folder():
     assert result.exit_code == 2
     assert "topk: not one of fp32, bf16, fp16" in result.output
     assert "runs/precision_study" in CliRunner().invoke(command, ["--help"]).output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_tiny_study_of_precisions_runs_to_its_picture(tmp_path):
+    words = ["--variants", "fp16,fp8-delayed,sparse-late", "--steps", "8", "--out", tmp_path]
+    made = subprocess.run(
+        [sys.executable, EXAMPLE, "--quick", *words],
+        capture_output=True,
+        text=True,
+        timeout=580,
+        check=False,
+    )
+    assert made.returncode == 0, made.stdout + made.stderr
+    runs = {
+        run["variant"]: run for run in json.loads((tmp_path / "study.json").read_text())["runs"]
+    }
+    assert set(runs) == {"fp32", "bf16", "fp16", "fp8-delayed", "sparse-late"}
+    first = [run["points"][0]["loss"] for run in runs.values()]
+    assert max(first) - min(first) < 0.05, "equal weights and text, but for rounding"
+    assert len(set(first)) == len(first) - 1, "before its start sparse-late is fp32, bit for bit"
+    for run in runs.values():
+        assert run["points"][-1]["loss"] < run["points"][0]["loss"]
+        assert run["skipped"] < 8
+    state = {name: round(run["state_bytes"], 1) for name, run in runs.items()}
+    assert state["fp32"] == 16.0 and state["bf16"] == state["fp16"] == state["fp8-delayed"] == 18.0
+    assert 16.0 < state["sparse-late"] < 17.0
+    held = {name: run["held_bytes"] for name, run in runs.items()}
+    assert held["bf16"] < 0.6 * held["fp32"] < held["fp32"] < held["sparse-late"]
+    assert (tmp_path / "picture.png").stat().st_size > 0
