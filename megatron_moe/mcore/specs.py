@@ -26,7 +26,7 @@ from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_moe.config import MoEConfig
+from megatron_moe.config import MoEConfig, MoEConfigError
 from megatron_moe.experts.grouped import GroupedExperts
 from megatron_moe.experts.sequential import SequentialExperts
 from megatron_moe.layer import MoELayer
@@ -88,8 +88,17 @@ def build_experts(
     pg_collection: Any = None,
     name: str | None = None,
 ) -> SequentialExperts | GroupedExperts:
-    """Stacked experts with ``moe_grouped_gemm``, else one expert after another."""
+    """Stacked experts with ``moe_grouped_gemm``, else one expert after another.
+
+    Raises:
+        MoEConfigError: FP8 or FP4 is asked for, and Megatron's spec has no experts for it.
+    """
     if config.moe_grouped_gemm:
+        if config.fp8 or config.fp4:
+            raise MoEConfigError(
+                "fp8 or fp4 with moe_grouped_gemm needs Transformer Engine's grouped experts, which "
+                "this Transformer Engine has not: install 1.11 or newer, or drop --moe-grouped-gemm"
+            )
         return GroupedExperts(
             num_local_experts,
             config,

@@ -61,6 +61,27 @@ def build_wrapped(world: Any, option: str) -> str:
     return "built"
 
 
+def build_stacked_in(world: Any, precision: str) -> str:
+    from types import SimpleNamespace
+
+    from megatron_moe.config import MoEConfig, MoEConfigError
+    from megatron_moe.mcore.specs import build_experts
+
+    fields = {"moe_grouped_gemm": True, "fp8": None, "fp4": None, precision: "e4m3"}
+    config = SimpleNamespace(**fields)
+    try:
+        build_experts(2, config, submodules=None, moe=MoEConfig())
+    except MoEConfigError as error:
+        return str(error)
+    return "built"
+
+
+@pytest.mark.parametrize("precision", ["fp8", "fp4"])
+def test_stacked_experts_do_not_stand_in_for_those_of_transformer_engine(pool, precision):
+    (message,) = pool.run(build_stacked_in, precision, world_size=1)
+    assert "install 1.11 or newer, or drop --moe-grouped-gemm" in message
+
+
 @pytest.mark.parametrize("option", ["use_megatron_fsdp", "use_torch_fsdp2"])
 def test_wrappers_that_were_never_tried_are_refused(pool, option):
     (message,) = pool.run(build_wrapped, option, world_size=1)
