@@ -3,8 +3,8 @@
 Transformer Engine (TE) rounds both operands of each of the three products of a linear layer to
 FP8 and multiplies the codes. Here the operands are rounded by the same formulas
 (``experts/fp8_quantise.py``) and handed back as fp32, for a product in fp32: what the numbers lose
-is what they would lose on the hardware, the product is rounded to the dtype of the rows. What is not
-imitated: the order in which a tensor core adds, and the width of its accumulator.
+is what they would lose on the hardware, and the product is rounded to the dtype of the rows. What
+is not imitated: the order in which a tensor core adds, and the width of its accumulator.
 
 ===========  ==============================================  ===================  =============
 recipe       one scale for                                   scale                format

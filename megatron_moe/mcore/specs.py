@@ -96,8 +96,8 @@ def build_experts(
     if config.moe_grouped_gemm:
         if config.fp8 or config.fp4:
             raise MoEConfigError(
-                "fp8 or fp4 with moe_grouped_gemm needs Transformer Engine's grouped experts, which "
-                "this Transformer Engine has not: install 1.11 or newer, or drop --moe-grouped-gemm"
+                "fp8 or fp4 with moe_grouped_gemm needs Transformer Engine's grouped experts, and "
+                "what is installed has none: install 1.11 or newer, or drop --moe-grouped-gemm"
             )
         return GroupedExperts(
             num_local_experts,
