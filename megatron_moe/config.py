@@ -163,6 +163,11 @@ REFUSALS = (
     _Refusal("moe_router_topk_limited_devices", _is_set, "use --moe-router-num-groups"),
     _Refusal("cuda_graph_impl", lambda v: v not in (None, "none"), "use --cuda-graph-impl none"),
     _Refusal("transformer_impl", lambda v: v == "inference_optimized", _USE_UPSTREAM),
+    _Refusal(
+        "use_transformer_engine_op_fuser",
+        _is_set,
+        "drop it: it wants counts on the device, and the dispatch plan has them on the host",
+    ),
     _Refusal("gtp_weight_remat_size", lambda v: (v or 1) > 1, _USE_UPSTREAM),
     _Refusal(
         "moe_token_dispatcher_type",

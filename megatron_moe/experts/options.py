@@ -42,6 +42,13 @@ def _engine_faults(c: Any) -> list[str]:
                 "transformer_engine on a GPU, or --moe-fp8-emulate to see on any device what it "
                 "does to the loss"
             )
+    interleave = getattr(c, "moe_mlp_glu_interleave_size", None)
+    if interleave and not (uses_engine(c) and c.moe_grouped_gemm):
+        faults.append(
+            f"moe_mlp_glu_interleave_size ({interleave}) is honoured by Transformer Engine's "
+            "grouped experts only: drop it, or use --transformer-impl transformer_engine "
+            "--moe-grouped-gemm"
+        )
     return faults
 
 

@@ -95,6 +95,12 @@ def test_faults_of_experts(changes, options, message):
         check(transformer(**changes), MoEConfig(**options))
 
 
+def test_interleaved_gates_are_left_to_transformer_engine():
+    check(transformer(moe_mlp_glu_interleave_size=32, transformer_impl="transformer_engine"))
+    with pytest.raises(MoEConfigError, match=r"moe_mlp_glu_interleave_size \(32\) is honoured by"):
+        check(transformer(moe_mlp_glu_interleave_size=32))
+
+
 def test_fp8_is_left_to_transformer_engine():
     check(transformer(fp8="hybrid", transformer_impl="transformer_engine"))
 
