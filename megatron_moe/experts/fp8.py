@@ -97,14 +97,6 @@ class Fp8Recipe:
             object.__setattr__(self, "format", chosen)
 
     @property
-    def alignment(self) -> int:
-        """The multiple to which TE needs each expert's rows padded. The one place that says it.
-
-        The emulation itself needs no padding: zero rows change nothing but time.
-        """
-        return 32 if self.name == "mxfp8" else 16
-
-    @property
     def forward_dtype(self) -> torch.dtype:
         """The format of activations and weights."""
         return torch.float8_e4m3fn

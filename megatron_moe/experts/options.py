@@ -71,8 +71,6 @@ def _emulation_faults(c: Any, moe: MoEConfig) -> list[str]:
         )
     if not c.moe_grouped_gemm:
         faults.append(f"fp8_emulate = {recipe!r} needs stacked experts: add --moe-grouped-gemm")
-    if recipe == "mxfp8" and moe.fp8_emulate_format == "hybrid":
-        faults.append("fp8_emulate_format = 'hybrid' does not exist for mxfp8: use e4m3")
     return faults
 
 

@@ -76,7 +76,6 @@ def test_faults(changes, message):
             {"fp8_emulate": "mxfp8"},
             "beside fp8 or fp4: drop one",
         ),
-        ({}, {"fp8_emulate": "mxfp8", "fp8_emulate_format": "hybrid"}, "does not exist for mxfp8"),
         ({}, {"fp8_emulate_format": "e4m3"}, "does nothing: add --moe-fp8-emulate"),
         (
             {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]},
