@@ -49,8 +49,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.path[0] = str(options.script.resolve().parent)
     try:
         with _speaking(first), activate(device):
-            for line in kernels_in_use(device):
-                logger.info(line)
+            if device == "cuda":  # on a CPU there is but one choice
+                for line in kernels_in_use():
+                    logger.info(line)
             sys.argv = [str(options.script), *options.args]
             runpy.run_path(str(options.script), run_name="__main__")
     except (MoEConfigError, PatchError) as fault:

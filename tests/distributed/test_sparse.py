@@ -80,8 +80,9 @@ def _masks(world: Any, job: Job, means: Means) -> list[Piece]:
     for _ in range(job.steps):
         training.forward_backward()
         training.update()
+    training.gather_weights()
     linears = [linear for chunk in training.ddp for linear in sparse_linears(chunk)]
-    masks = {id(linear.weight): linear.saved_mask().float() for linear in linears}
+    masks = {id(linear.weight): linear.saved_state()["mask"].float() for linear in linears}
     pieces = training._pieces(lambda p: masks.get(id(p), torch.zeros(p.shape)))
     return [piece for piece in pieces if ".experts." in piece.name]
 
@@ -158,6 +159,7 @@ def _step(training: Any) -> Step:
 
     training.forward_backward()
     training.update()
+    training.gather_weights()
     linears = [linear for chunk in training.ddp for linear in sparse_linears(chunk)]
     masks = [linear.mask.clone() for linear in linears]
     outside = _most_outside(training)

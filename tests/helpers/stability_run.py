@@ -63,6 +63,7 @@ def train_steps(
     for _ in range(job.steps):
         training.forward_backward()
         training.update()
+        training.gather_weights()
         seen.append(_snapshot(training))
         churn.append([router.churn for router in routers])
         logged.append(training.logged())

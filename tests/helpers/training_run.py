@@ -84,10 +84,14 @@ class Training:
 
     def weights(self) -> list[Piece]:
         """Return this rank's pieces of the weights, and the routers' expert biases."""
-        for chunk in self.ddp:
-            if chunk.ddp_config.overlap_param_gather:  # else they come with the next forward
-                chunk.start_param_sync(force_sync=True)
+        self.gather_weights()
         return self._pieces(lambda parameter: parameter.data) + bias_pieces(self.ddp)
+
+    def gather_weights(self) -> None:
+        """Wait for what an optimizer step made, where it comes with the next forward pass."""
+        for chunk in self.ddp:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
 
     def update(self) -> float:
         """Take an optimizer step; return the gradient norm before clipping."""
