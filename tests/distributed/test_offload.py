@@ -8,6 +8,7 @@ import torch
 from helpers.layout import Layout
 from helpers.pool import RankError
 from helpers.runs import Job, Means, RankRecord
+from helpers.runs import train as train_run
 from helpers.saved_run import SavedRun, resume, train_and_save
 
 from megatron_moe.config import MoEConfig
@@ -103,12 +104,7 @@ def test_training_is_the_same_bit_for_bit(pool, tmp_path, world_size, model, mea
     found = pool.run(train, replace(job, moe=moe), means, world_size=world_size)
 
     for (ours, placed), (theirs, _) in zip(found, plain, strict=True):
-        assert ours.losses == theirs.losses
-        assert ours.grad_norms == theirs.grad_norms
-        assert min(theirs.grad_norms) > 0.5, "gradients are to be clipped"
-        assert [piece.name for piece in ours.weights] == [piece.name for piece in theirs.weights]
-        for a, b in zip(ours.weights, theirs.weights, strict=True):
-            assert a.tensor.dtype == b.tensor.dtype and torch.equal(a.tensor, b.tensor), a.name
+        assert_equal_bits(ours, theirs)
         in_files = moe.offload_optimizer
         assert placed.weights == (4, 4)
         assert placed.main_grads == ((4, 4) if in_files else (0, 4))
@@ -118,6 +114,42 @@ def test_training_is_the_same_bit_for_bit(pool, tmp_path, world_size, model, mea
         assert placed.moments[1] >= 4
         assert placed.cache["hits"] and placed.cache["prefetched_bytes"]
     assert not list(tmp_path.iterdir())
+
+
+def assert_equal_bits(ours: RankRecord, theirs: RankRecord) -> None:
+    assert ours.losses == theirs.losses
+    assert ours.grad_norms == theirs.grad_norms
+    assert min(theirs.grad_norms) > 0.5, "gradients are to be clipped"
+    assert [piece.name for piece in ours.weights] == [piece.name for piece in theirs.weights]
+    for a, b in zip(ours.weights, theirs.weights, strict=True):
+        assert a.tensor.dtype == b.tensor.dtype and torch.equal(a.tensor, b.tensor), a.name
+
+
+ELSEWHERE = {
+    "fp16-pp-activation": (
+        Layout(pp=2, ep=2),
+        {
+            "fp16": True,
+            "params_dtype": torch.float16,
+            "recompute_granularity": "selective",
+            "recompute_modules": ["moe_act"],
+        },
+        {},
+    ),
+    "vpp": (Layout(pp=2, vpp=2, ep=2), {"num_layers": 4}, {}),
+    "etp-recompute-experts": (Layout(ep=2, etp=2), {}, {"recompute_experts": True}),
+}
+
+
+@pytest.mark.parametrize(("layout", "model", "moe"), ELSEWHERE.values(), ids=list(ELSEWHERE))
+def test_training_is_the_same_in_other_layouts(pool, tmp_path, layout, model, moe):
+    job = Job(model=MODEL | model, num_sequences=8, steps=3)
+    plain = replace(job, moe=MoEConfig(expert_gemm="loop", **moe))
+    files = replace(job, moe=replace(ALL, offload_dir=str(tmp_path), **moe))
+    means = Means(layout=layout)
+    found, expected = (pool.run(train_run, one, means, world_size=4) for one in (files, plain))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_equal_bits(ours, theirs)
 
 
 def test_overlapping_the_reduction_of_gradients_is_refused(pool, tmp_path):
