@@ -91,7 +91,8 @@ class StackedLinear(torch.nn.Module):
         """
         if self.offload is not None:
             return self.offload.product(self, x, rows_e, before)
-        form = choose_form(self.gemm, self.weight.device, self.weight.dtype, self.weight, rows_e)
+        dtype = self.weight.dtype if self.emulation is None else torch.float32
+        form = choose_form(self.gemm, self.weight.device, dtype, self.weight, rows_e)
         weight: Tensor = self.weight
         if self.sparsity is not None and self.mask is not None:
             weight = self.sparsity.effective(weight, self.mask)

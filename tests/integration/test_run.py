@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -349,9 +350,6 @@ def test_unmodified_upstream_script_in_four_dimensions(tmp_path):
 
 
 def _losses(output):
-    found = {}
-    for line in output.splitlines():
-        if "lm loss:" in line:
-            iteration = int(line.split("iteration")[1].split("/")[0])
-            found[iteration] = float(line.split("lm loss:")[1].split("|")[0])
-    return found
+    # Other ranks' words may stand in the same line, before or behind.
+    found = re.findall(r"iteration +(\d+)/.*? lm loss: ([\d.E+-]+)", output)
+    return {int(iteration): float(loss) for iteration, loss in found}
