@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_moe.buffers import ExactBuffers
 from megatron_moe.experts.fp8_quantise import FP8_MAX, amax_over
+from megatron_moe.experts.keys import whole_stack
 
 if TYPE_CHECKING:
     from megatron_moe.experts.fp8 import Fp8Recipe
@@ -136,10 +137,7 @@ def load_scales(
     """
     found = {k: state_dict.pop(k) for k in list(state_dict) if k.startswith(f"{prefix}fp8_")}
     for name, target in {} if scales is None else scales.kept().items():
-        whole = found.get(f"{prefix}{name}")
-        keys = [f"{prefix}{name}{i}" for i in range(len(target))]
-        if whole is None and found.keys() >= set(keys):
-            whole = torch.stack([found[key] for key in keys])
+        whole = whole_stack(found, f"{prefix}{name}", len(target))
         if whole is None:
             continue
         if whole.shape != target.shape:

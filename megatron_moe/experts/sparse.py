@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_moe.experts.keys import whole_stack
+
 GROUP, KEPT = 4, 2
 _log = logging.getLogger(__name__)
 
@@ -189,10 +191,7 @@ def load_mask(linear: Any, state_dict: dict, prefix: str, error_msgs: list[str])
         if found:
             _say_left()
         return
-    keys = [f"{prefix}mask{i}" for i in range(len(linear.mask))]
-    whole = found.get(f"{prefix}mask")
-    if whole is None and found.keys() >= set(keys):
-        whole = torch.stack([found[key] for key in keys])
+    whole = whole_stack(found, f"{prefix}mask", len(linear.mask))
     if whole is None:
         if not any(key.startswith(f"{prefix}weight") for key in state_dict):
             return  # nothing of this layer is loaded
