@@ -136,7 +136,8 @@ class ExpertOffload:
         counts = self.cache.counts
         hits, misses = counts.hits - self._seen[0], counts.misses - self._seen[1]
         self._seen = counts.hits, counts.misses
-        self.hit_rate = hits / (hits + misses) if hits + misses else 0.0
+        if hits + misses:  # not when the optimizer says once more that weights will change
+            self.hit_rate = hits / (hits + misses)
 
     def summary(self) -> dict[str, int]:
         """What the cache did since the start."""

@@ -32,7 +32,7 @@ def install(config: Any) -> None:
 
 
 def finish_batch(finalize: Callable[..., Any] | None, model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Update the routers' state from the whole global batch, and finalise.
+    """Update the state of routers and experts from the whole global batch, and finalise.
 
     Args:
         finalize: What finalises the gradients; None for Megatron's own.
@@ -40,7 +40,8 @@ def finish_batch(finalize: Callable[..., Any] | None, model: Any, *args: Any, **
         args: For ``finalize``.
         kwargs: For ``finalize``.
 
-    Cost: one all-reduce for all routers of the stage with state, over the data-parallel ranks.
+    Cost: one all-reduce for all routers of the stage with state, over the data-parallel ranks;
+        with emulated delayed scaling, one or two of 3 numbers for each expert's linear layer.
     """
     routers = [router for router in routers_of(model) if router.training]
     if finalize is None:
